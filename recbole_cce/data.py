@@ -1,0 +1,207 @@
+"""A sequential data set without augmentation copies, and rows that train every position.
+
+RecBole writes one row per target and copies the user's history into it: [interactions, MAX_ITEM_LIST_LENGTH] for
+every field. Here the interactions stay in one flat table, sorted by user and time; a row only knows where its target
+is in it and how long its history is, and the lists are gathered when a batch is built. RecBole's splitters only index
+rows, so each split holds the rows it holds in stock RecBole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from recbole.config import Config
+from recbole.data.dataset import SequentialDataset
+from recbole.data.interaction import Interaction
+from recbole.utils import FeatureSource, FeatureType
+
+# Column of inter_feat: where in the flat table the row's target is. Never in a batch.
+TARGET_ROW = "target_row"
+
+
+class LeanSequentialDataset(SequentialDataset):
+    """RecBole's SequentialDataset with histories gathered on demand.
+
+    `train_targets: all` keeps of the training split, for each user, its longest row and, before it, as many windows
+    of MAX_ITEM_LIST_LENGTH as the history fills, so that every target is predicted once an epoch by one position of
+    one row. `train_targets: last` keeps RecBole's rows. Validation and test rows are RecBole's in both.
+
+    Attributes:
+        flat: all interactions, sorted by user and time.
+        list_fields: name of each list field -> the flat field it is gathered from.
+        windows: the rows of a training split that make batches, or None for all of them. `inter_feat` holds all rows
+            either way, so that counts and RecBole's statistics do not depend on `train_targets`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.flat: Interaction | None = None
+        self.list_fields: dict[str, str] = {}
+        self.windows: np.ndarray | None = None
+        super().__init__(config)
+
+    # Reading: one clear error for each mistake in the files and the options that name their columns
+
+    def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
+        columns = self._read_header(filepath)
+        if source == FeatureSource.INTERACTION:
+            loaded, unloaded = self._get_load_and_unload_col(source)
+            for option in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"):
+                field = self.config[option]
+                if field not in columns:
+                    raise ValueError(f"{option}: {field!r} is not a column of {filepath}; it has {', '.join(columns)}")
+                if (loaded is not None and field not in loaded) or (unloaded is not None and field in unloaded):
+                    raise ValueError(
+                        f"load_col: the column {field!r} ({option}) of {filepath} is not loaded; set "
+                        f"load_col: {{inter: [{', '.join(self._required_fields())}]}}"
+                    )
+        try:
+            return super()._load_feat(filepath, source)
+        except (ValueError, pd.errors.ParserError) as error:
+            raise ValueError(f"{filepath} cannot be read: {error}") from error
+
+    def _required_fields(self) -> list[str]:
+        return [self.config[option] for option in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
+
+    def _read_header(self, filepath: str) -> list[str]:
+        with open(filepath, encoding=self.config["encoding"]) as file:
+            cells = file.readline().rstrip("\r\n").split(self.config["field_separator"])
+        types = [ftype.value for ftype in FeatureType]
+        for cell in cells:
+            name, _, ftype = cell.partition(":")
+            if not name or ftype not in types:
+                raise ValueError(
+                    f"{filepath}: the header cell {cell!r} is not 'name:type' with a type of {', '.join(types)}; "
+                    f"columns are separated by field_separator {self.config['field_separator']!r}"
+                )
+        return [cell.partition(":")[0] for cell in cells]
+
+    def _reset_index(self) -> None:
+        if self.inter_feat.empty:
+            filters = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter")
+            raise ValueError(
+                f"no interaction of {self.dataset_name} is left after filtering with "
+                + ", ".join(f"{name}: {self.config[name]!r}" for name in filters)
+            )
+        super()._reset_index()
+
+    # Rows instead of copies
+
+    def _change_feat_format(self) -> None:
+        if self.config["benchmark_filename"] is None:
+            # RecBole sorts after its cast to float32, which cannot tell seconds since 1970 apart within 128 s.
+            time = self.inter_feat[self.time_field].to_numpy()
+            order = np.lexsort((time, self.inter_feat[self.uid_field].to_numpy()))
+            self.inter_feat = self.inter_feat.iloc[order]
+            self.exact_time = time[order]
+        super()._change_feat_format()
+
+    def data_augmentation(self) -> None:
+        """Replace the interactions by rows: each interaction but a user's first is the target of one."""
+        self._aug_presets()
+        self.flat = self.inter_feat
+        self.list_fields = {
+            getattr(self, f"{field}_list_field"): field for field in self.flat if field != self.uid_field
+        }
+        uid = self.flat[self.uid_field].numpy()
+        index = np.arange(len(uid))
+        is_first = np.diff(uid, prepend=-1) != 0
+        first = np.maximum.accumulate(np.where(is_first, index, 0))
+        target = index[~is_first]
+        if len(target) == 0:
+            raise ValueError(f"no user of {self.dataset_name} has two interactions: there is nothing to predict")
+        rows = torch.from_numpy(target)
+        self.inter_feat = Interaction({field: self.flat[field][rows] for field in self.flat})
+        length = np.minimum(target - first[target], self.max_item_list_len)
+        self.inter_feat[self.item_list_length_field] = torch.from_numpy(length)
+        self.inter_feat[TARGET_ROW] = rows
+
+    def _with_lists(self, rows: Interaction, width: int) -> Interaction:
+        """Add the list fields, `width` long and padded with 0 on the right, to rows of inter_feat."""
+        if TARGET_ROW not in rows:  # pre-split benchmark files bring their lists with them
+            return rows
+        fields = dict(rows.interaction)
+        end, length = fields.pop(TARGET_ROW)[..., None], fields[self.item_list_length_field][..., None]
+        offset = torch.arange(width)
+        padding = offset >= length
+        index = (end - length + offset).masked_fill_(padding, 0)
+        for list_field, field in self.list_fields.items():
+            fields[list_field] = self.flat[field][index]
+            fields[list_field][padding] = 0
+        return Interaction(fields)
+
+    def __getitem__(self, index: Any, join: bool = True) -> Interaction:
+        """The rows with their lists, as RecBole's data set returns them."""
+        if self.windows is not None:
+            index = self.windows[index]
+        rows = self._with_lists(self.inter_feat[index], self.max_item_list_len)
+        return self.join(rows) if join else rows
+
+    def __len__(self) -> int:
+        return len(self.inter_feat if self.windows is None else self.windows)
+
+    def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
+        """As RecBole's; by time, it uses the timestamps before their cast to float32."""
+        if by == self.time_field and ascending is True and TARGET_ROW in self.inter_feat:
+            time = self.exact_time[self.inter_feat[TARGET_ROW].numpy()]
+            self.inter_feat._reindex(torch.from_numpy(np.argsort(time, kind="stable")))
+        else:
+            super().sort(by, ascending)
+
+    def _drop_unused_col(self) -> None:
+        # RecBole finds list fields in inter_feat: a stand-in lets it name and forget those that are unused
+        unused = (self.config["unused_col"] or {}).get("inter", [])
+        for field in [field for field in unused if self.list_fields.pop(field, None)]:
+            self.inter_feat[field] = self.inter_feat[self.uid_field]
+        super()._drop_unused_col()
+
+    def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> Any:
+        """As RecBole's: it reads a user's first item from the first place of a list."""
+        with_first_item = self.copy(self._with_lists(self.inter_feat, width=1))
+        return super(LeanSequentialDataset, with_first_item).inter_matrix(form, value_field)
+
+    # Training rows
+
+    def build(self) -> list[LeanSequentialDataset]:
+        """Split as RecBole does; the training split then makes its batches from `windows`."""
+        datasets = super().build()
+        train = datasets[0]
+        if len(train) == 0:
+            raise ValueError(f"eval_args: {self.config['eval_args']} leaves no training row")
+        if TARGET_ROW not in train.inter_feat:
+            width = train.inter_feat[self.item_id_list_field].size(1)
+            if width > self.max_item_list_len:
+                raise ValueError(
+                    f"MAX_ITEM_LIST_LENGTH: {self.max_item_list_len} is less than the {width} items of the longest "
+                    f"list in the benchmark files; raise it or cut the lists with seq_len"
+                )
+        if self.config["train_targets"] == "all":
+            rows = train.inter_feat
+            train.windows = np.flatnonzero(self._starts_window(rows) if TARGET_ROW in rows else self._is_longest(rows))
+        return datasets
+
+    def _starts_window(self, rows: Interaction) -> np.ndarray:
+        """Rows whose targets are a multiple of the window length before the user's last training target."""
+        uid, target = rows[self.uid_field].numpy(), rows[TARGET_ROW].numpy()
+        last = np.zeros(self.user_num, dtype=np.int64)
+        np.maximum.at(last, uid, target)
+        return (last[uid] - target) % self.max_item_list_len == 0
+
+    def _is_longest(self, rows: Interaction) -> np.ndarray:
+        """Rows of pre-split files that no other row of the same user goes on from."""
+        lists = rows[self.item_id_list_field]
+        length = rows[self.item_list_length_field]
+        full = torch.cat([lists, lists.new_zeros(len(lists), 1)], dim=1)
+        full.scatter_(1, length[:, None], rows[self.iid_field][:, None])  # history and target
+        keys = {
+            (user, items[:size].tobytes())
+            for user, items, size in zip(rows[self.uid_field].tolist(), lists.numpy(), length.tolist(), strict=True)
+        }
+        return np.array(
+            [
+                (user, items[: size + 1].tobytes()) not in keys
+                for user, items, size in zip(rows[self.uid_field].tolist(), full.numpy(), length.tolist(), strict=True)
+            ]
+        )

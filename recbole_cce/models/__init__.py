@@ -1,0 +1,1 @@
+"""Models that register themselves in RecBole, one file each."""

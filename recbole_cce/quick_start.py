@@ -1,0 +1,50 @@
+"""Running experiments: RecBole's own entry points, with equal data settings for every model.
+
+`recbole.quick_start`'s run_recbole, objective_function and load_data_and_model work as they are once recbole_cce is
+imported; HyperTuning takes recbole.quick_start.objective_function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import recbole.quick_start.quick_start as recbole_quick_start
+
+from recbole_cce import registry
+
+_run_recboles = recbole_quick_start.run_recboles
+
+
+def run(
+    model: str,
+    dataset: str,
+    config_file_list: list[str] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any] | None:
+    """recbole.quick_start.run, so that RecBole's own models read a data set as ours do.
+
+    RecBole has defaults for ml-100k alone. Ours (properties/dataset) apply to registered models by themselves; for
+    RecBole's models they are put before the user's configuration files, which win.
+
+    Args:
+        model, dataset, config_file_list: as RecBole's.
+        **kwargs: config_dict, saved, nproc, world_size, ip, port, group_offset, as RecBole's.
+
+    Returns:
+        RecBole's result: best_valid_score, valid_score_bigger, best_valid_result, test_result.
+    """
+    files = list(config_file_list or [])
+    defaults = registry.dataset_defaults(dataset)
+    if model not in registry.MODELS and defaults is not None:
+        files.insert(0, str(defaults))
+    return recbole_quick_start.run(model, dataset, config_file_list=files, **kwargs)
+
+
+def run_recboles(rank: int, *args: Any) -> None:
+    """RecBole's spawn worker. Unpickling it imports recbole_cce, so the models exist in the worker too."""
+    _run_recboles(rank, *args)
+
+
+def install_worker() -> None:
+    """Make recbole.quick_start.run spawn our worker: mp.spawn pickles its target by reference."""
+    recbole_quick_start.run_recboles = run_recboles

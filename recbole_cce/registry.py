@@ -1,0 +1,100 @@
+"""Puts models, their data sets, trainers and defaults where RecBole looks them up by name.
+
+RecBole finds a model in the module recbole.model.<kind>_recommender.<lower-case name>, its data set as
+recbole.data.dataset.<Name>Dataset, its trainer as recbole.trainer.<Name>Trainer and its defaults when Config loads
+its YAML files. Nothing is written into site-packages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import recbole.data.dataset
+import recbole.trainer
+import yaml
+from recbole.config import Config
+from recbole.model.abstract_recommender import SequentialRecommender
+
+from recbole_cce import settings
+from recbole_cce.data import LeanSequentialDataset
+from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE
+from recbole_cce.trainer import EfficientTrainer
+
+# beside the package in a checkout, inside it in a wheel
+PROPERTIES = next(
+    path
+    for path in (Path(__file__).parent / "properties", Path(__file__).parent.parent / "properties")
+    if path.is_dir()
+)
+MODELS: dict[str, Path] = {}  # registered name -> YAML file of its defaults
+
+_KINDS = ("general", "context_aware", "sequential", "knowledge_aware")
+
+
+def register_model(
+    cls: type[SequentialRecommender],
+    defaults: Path | str | None = None,
+    dataset: type = LeanSequentialDataset,
+    trainer: type = EfficientTrainer,
+) -> type[SequentialRecommender]:
+    """Make `cls` a model that RecBole finds by its class name.
+
+    Args:
+        cls: a SequentialRecommender defined in an importable module; pickled by reference to that module.
+        defaults: YAML file of the model's defaults; properties/model/<Name>.yaml of this package if None.
+        dataset: data set class to use with it.
+        trainer: trainer class to use with it.
+
+    Returns:
+        `cls`, so that it works as a decorator.
+
+    Raises:
+        ValueError: RecBole, or an earlier call, already has a model of that name.
+    """
+    name = cls.__name__
+    module = sys.modules[cls.__module__]
+    for kind in _KINDS:
+        path = f"recbole.model.{kind}_recommender.{name.lower()}"
+        if importlib.util.find_spec(path) is not None:
+            raise ValueError(f"model name {name!r} is taken: {path} exists; choose another class name")
+    sys.modules[f"recbole.model.sequential_recommender.{name.lower()}"] = module
+    setattr(recbole.data.dataset, f"{name}Dataset", dataset)
+    setattr(recbole.trainer, f"{name}Trainer", trainer)
+    MODELS[name] = Path(defaults) if defaults else PROPERTIES / "model" / f"{name}.yaml"
+    return cls
+
+
+def dataset_defaults(dataset: str) -> Path | None:
+    """Our YAML file for a data set that RecBole has none for."""
+    path = PROPERTIES / "dataset" / f"{dataset}.yaml"
+    return path if path.is_file() else None
+
+
+_load_internal_config_dict = Config._load_internal_config_dict
+
+
+def load_internal_config_dict(self: Config, model: str, model_class: type, dataset: str) -> None:
+    """Config._load_internal_config_dict with the defaults of registered models; others are left alone."""
+    _load_internal_config_dict(self, model, model_class, dataset)
+    if model not in MODELS:
+        return
+    for path in (MODELS[model], dataset_defaults(dataset)):
+        if path is not None:
+            self._update_internal_config_dict(path)
+    settings.validate({**self.internal_config_dict, **self.external_config_dict})
+
+
+def register_builtin() -> None:
+    """Register the models of this package and the hook for their defaults; called once, on import."""
+    Config._load_internal_config_dict = load_internal_config_dict
+    for model in (SASRecCCE, SASRecSCE):
+        register_model(model)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """A YAML file as RecBole reads it (1e-3 is a number)."""
+    loader = Config._build_yaml_loader(None)
+    return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=loader) or {}

@@ -1,0 +1,103 @@
+"""The configuration keys this package adds to RecBole's: what they mean and which values are valid.
+
+Defaults are in properties/model/*.yaml; the command line's --help and every error message come from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recbole_cce.losses import LOSSES
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key: `accepts(value)` decides, `valid` says in words what it accepts."""
+
+    help: str
+    valid: str
+    accepts: Callable[[Any], bool]
+
+
+def _one_of(*options: Any) -> tuple[str, Callable[[Any], bool]]:
+    # `is` for booleans: 1 == True, and --mix_x=1 is more likely a mistake than a wish
+    return "one of " + ", ".join(map(str, options)), lambda value: any(
+        value is option if isinstance(option, bool) else value == option for option in options
+    )
+
+
+def _integer(low: int, high: int | None = None, auto: bool = False) -> tuple[str, Callable[[Any], bool]]:
+    span = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
+    return (
+        span + (" or auto" if auto else ""),
+        lambda value: (
+            (auto and value == "auto")
+            or (
+                isinstance(value, int)
+                and not isinstance(value, bool)
+                and low <= value
+                and (high is None or value <= high)
+            )
+        ),
+    )
+
+
+def _real(low: float, high: float) -> tuple[str, Callable[[Any], bool]]:
+    return (
+        f"a number from {low:g} to {high:g}",
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high,
+    )
+
+
+def _betas(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in value)
+    )
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+KEYS: dict[str, Key] = {
+    "loss_type": Key("training loss", *_one_of(*LOSSES)),
+    "loss_backend": Key("kernels of the loss; auto falls back to torch", *_one_of("auto", "triton", "torch")),
+    "loss_dtype": Key("precision of the loss's inputs; auto: that of amp_dtype", *_one_of(*DTYPES)),
+    "num_negatives": Key("negatives K per position for CCE-, CE-, BCE, gBCE", *_integer(1, 65536)),
+    "negative_sharing": Key("who shares one draw of K negatives", *_one_of("tile", "none", "batch")),
+    "negative_distribution": Key("distribution q of the negatives", *_one_of("uniform", "popularity")),
+    "negative_alpha": Key("q proportional to count^alpha (popularity)", *_real(0, 10)),
+    "logq_correction": Key("subtract log(K q) from negative logits", *_one_of(True, False)),
+    "n_buckets": Key("SCE: number of buckets; auto: int(2 sqrt(positions))", *_integer(1, auto=True)),
+    "bucket_size_x": Key("SCE: positions per bucket; auto: n_buckets' rule", *_integer(1, auto=True)),
+    "bucket_size_y": Key("SCE: items per bucket; auto: 256", *_integer(1, auto=True)),
+    "mix_x": Key("SCE: bucket centres as random mixtures of hidden states", *_one_of(True, False)),
+    "gbce_t": Key("gBCE: calibration t", *_real(0, 1)),
+    "train_targets": Key("targets: every position, or the last as in RecBole", *_one_of("all", "last")),
+    "attention": Key("attention implementation", *_one_of("auto", "sdpa", "packed", "recbole")),
+    "amp_dtype": Key("autocast dtype of training; auto: bfloat16 on GPUs that have it", *_one_of(*DTYPES)),
+    "adam_betas": Key("beta1 and beta2 of adam and adamw", "two numbers in [0, 1), such as [0.9, 0.98]", _betas),
+    "eval_chunk_items": Key("items scored at a time in full ranking", *_integer(1, auto=True)),
+}
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Check every key above, and what RecBole would misread with these models.
+
+    Raises:
+        ValueError: names the key, its value and the valid ones.
+    """
+    for name, key in KEYS.items():
+        if name in config and not key.accepts(config[name]):
+            raise ValueError(f"{name}: {config[name]!r} is not valid; it takes {key.valid}")
+    length = config.get("MAX_ITEM_LIST_LENGTH")
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"MAX_ITEM_LIST_LENGTH: {length!r} is not valid; it takes an integer >= 1")
+    negatives = config.get("train_neg_sample_args")
+    if negatives is not None and negatives != "None":
+        raise ValueError(
+            f"train_neg_sample_args: {negatives!r} is not valid; it takes ~ (nothing): the loss draws its own "
+            "negatives, see num_negatives and negative_distribution"
+        )

@@ -279,7 +279,9 @@ def test_missing_column(tmp_path):
 
 
 def test_time_not_loaded(tmp_path):
-    with pytest.raises(ValueError, match=r"load_col: the column 'timestamp' \(TIME_FIELD\).*\[user_id, item_id, timest"):
+    with pytest.raises(
+        ValueError, match=r"load_col: the column 'timestamp' \(TIME_FIELD\).*\[user_id, item_id, timest"
+    ):
         read(tmp_path, HEADER, ROWS, load_col={"inter": ["user_id", "item_id"]})
 
 
@@ -316,5 +318,3 @@ def test_missing_file(tmp_path):
     (tmp_path / "data" / "empty").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"empty\.inter not exist"):
         splits("SASRecCCE", "empty", data_path=str(tmp_path / "data"))
-
-

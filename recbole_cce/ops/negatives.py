@@ -1,0 +1,196 @@
+"""Negative items: the Philox stream they are drawn from, samplers, and who shares a draw.
+
+Negatives are never stored. Draw k of group g is a pure function of (seed, g * K + k), so that a backward pass, another
+backend or another device draws the same ones again. The stream is that of Triton's tl.randint4x (Philox4x32-10, Salmon
+et al., SC 2011): the counter's 64 bits in the first two words, the seed's in the key.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+SHARINGS = ("tile", "none", "batch")
+TILE = 128  # positions that share one draw of K negatives with sharing="tile"
+
+_MASK = 0xFFFFFFFF
+
+
+def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of a * b, 0 <= a, b < 2^32. The product needs 64 bits, an int64 holds 63: halves of b."""
+    low = a * (b & 0xFFFF)
+    middle = a * (b >> 16) + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32(
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[Any, Any], rounds: int = 10
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Philox4x32: four words of counter and two of key (int64 in [0, 2^32)) -> four random words, likewise."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high2, low2 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def random_words(seed: int | torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two words of tl.randint4x(seed, offset): int64 tensors in [0, 2^32), shaped as `offset` (int64).
+
+    `seed`: an integer or a 0-d int64 tensor, which is never brought to the host.
+    """
+    zero = torch.zeros_like(offset)
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    word0, word1, _, _ = philox4x32((offset & _MASK, (offset >> 32) & _MASK, zero, zero), key)
+    return word0, word1
+
+
+def new_seed(device: torch.device) -> torch.Tensor:
+    """A seed from the device's default generator (torch.manual_seed governs it), as a tensor: no wait for the GPU."""
+    return torch.randint(0, 2**62, (), device=device)
+
+
+class Uniform(nn.Module):
+    """q(item) = 1 / V."""
+
+    def draw(self, word0: torch.Tensor, word1: torch.Tensor, num_items: int) -> torch.Tensor:
+        """Random words -> items in [0, V): the high word of word0 * V."""
+        return (word0 * num_items) >> 32
+
+    def log_q(self, items: torch.Tensor, num_items: int) -> torch.Tensor:
+        """log q of items in [0, V), fp32."""
+        return torch.full(items.shape, -math.log(num_items), dtype=torch.float32, device=items.device)
+
+
+class Popularity(nn.Module):
+    """q(item) proportional to count^alpha; every item counts at least once.
+
+    Drawn with an alias table (Walker 1977): 8 bytes an item, two words a draw, exact to 2^-32 of a column. Buffers
+    are no part of the state dict: they follow from the training data.
+
+    Args:
+        counts: [V] training counts of the items, without the padding row.
+        alpha: power; 0 is uniform.
+
+    Raises:
+        ValueError: counts that are not one-dimensional, empty or negative; alpha that is negative or not finite.
+    """
+
+    def __init__(self, counts: torch.Tensor | np.ndarray, alpha: float = 1.0) -> None:
+        super().__init__()
+        weights = np.asarray(counts, dtype=np.float64)
+        if weights.ndim != 1 or len(weights) == 0 or not (weights >= 0).all():
+            raise ValueError(f"counts: has shape {weights.shape}; it takes [V] numbers >= 0, V >= 1")
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha: {alpha!r} is not valid; it takes a finite number >= 0")
+        q = np.maximum(weights, 1.0) ** alpha
+        q /= q.sum()
+        self.register_buffer("table", torch.from_numpy(alias_table(q)), persistent=False)
+        self.register_buffer("log_probability", torch.from_numpy(np.log(q).astype(np.float32)), persistent=False)
+
+    def draw(self, word0: torch.Tensor, word1: torch.Tensor, num_items: int) -> torch.Tensor:
+        """Random words -> items in [0, V): word0 chooses a column, word1 its item or its alias."""
+        self._check(num_items)
+        column = (word0 * num_items) >> 32
+        entry = self.table[column].long()
+        keep = word1 < (entry[..., 0] & _MASK)
+        return torch.where(keep, column, entry[..., 1])
+
+    def log_q(self, items: torch.Tensor, num_items: int) -> torch.Tensor:
+        """log q of items in [0, V), fp32."""
+        self._check(num_items)
+        return self.log_probability[items]
+
+    def _check(self, num_items: int) -> None:
+        if len(self.table) != num_items:
+            raise ValueError(f"sampler: has counts of {len(self.table)} items, weight has {num_items}")
+
+
+def alias_table(q: np.ndarray) -> np.ndarray:
+    """Alias table of probabilities q [V] -> int32 [V, 2]: the bits of a uint32 threshold, and the alias.
+
+    Column i gives i if a random word is less than its threshold, else its alias. A sweep without a loop: with q V = 1
+    the fair share, the columns below it have gaps and the others surpluses, and both sums are equal. In order, each
+    gap is filled by the large column whose surplus is being spent when the gap starts. A large column that so falls
+    below its own share is filled by the next large one. V = 10^7 takes seconds.
+    """
+    scaled = q * len(q)
+    small, large = np.flatnonzero(scaled < 1), np.flatnonzero(scaled >= 1)
+    keep, alias = np.ones(len(q)), np.arange(len(q))
+    if len(small) and len(large):
+        # extended precision: the sums reach V and their differences must be good to 2^-32
+        gap_end = np.cumsum(1 - scaled[small], dtype=np.longdouble)
+        surplus_end = np.cumsum(scaled[large] - 1, dtype=np.longdouble)
+        gap_start = np.concatenate([[0], gap_end[:-1]])
+        donor = np.searchsorted(surplus_end, gap_start, side="right").clip(max=len(large) - 1)
+        keep[small], alias[small] = scaled[small], large[donor]
+        overdrawn_by = np.searchsorted(gap_end, surplus_end, side="right")  # the gap that takes more than was left
+        overdrawn = np.flatnonzero(overdrawn_by[:-1] < len(small))  # the last column has no next: rounding alone
+        keep[large[overdrawn]] = 1 + surplus_end[overdrawn] - gap_end[overdrawn_by[overdrawn]]
+        alias[large[overdrawn]] = large[overdrawn + 1]
+    threshold = np.rint(keep.clip(0, 1) * 2.0**32)
+    full = threshold >= 2**32  # no uint32: such a column is its own alias
+    alias[full] = np.flatnonzero(full)
+    threshold = np.where(full, 0, threshold).astype(np.uint32)
+    return np.stack([threshold.view(np.int32), alias.astype(np.int32)], axis=1)
+
+
+def num_groups(n: int, sharing: str) -> int:
+    """How many draws of K negatives n positions share. Position i uses draw i mod G.
+
+    So a tile of sharing="tile" holds the positions t, t + G, t + 2G, ...: neighbours, which belong to one user and
+    whose joint negatives cost quality, are never in one tile.
+
+    Raises:
+        ValueError: `sharing` is none of tile, none, batch.
+    """
+    if sharing not in SHARINGS:
+        raise ValueError(f"sharing: {sharing!r} is not valid; it takes one of {', '.join(SHARINGS)}")
+    return max(1, {"none": n, "tile": -(-n // TILE), "batch": 1}[sharing])
+
+
+def draw_negatives(
+    sampler: Uniform | Popularity,
+    seed: int | torch.Tensor,
+    groups: torch.Tensor,
+    num_negatives: int,
+    num_rows: int,
+    padding_idx: int | None,
+    draws: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of the item table that groups draw.
+
+    Args:
+        sampler: Uniform or Popularity.
+        seed: integer or 0-d int64 tensor.
+        groups: [G] int64 group numbers.
+        num_negatives: K.
+        num_rows: rows of the item table, padding included.
+        padding_idx: the row that is no item, or None.
+        draws: [k] int64 numbers of the draws wanted, all of 0..K-1 if None.
+
+    Returns:
+        [G, k] int64 rows, never `padding_idx`.
+    """
+    if draws is None:
+        draws = torch.arange(num_negatives, device=groups.device)
+    num_items = num_rows - (padding_idx is not None)
+    words = random_words(seed, groups[:, None] * num_negatives + draws)
+    return to_rows(sampler.draw(*words, num_items), padding_idx)
+
+
+def to_rows(items: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
+    """Items in [0, V) -> rows of the table, which has the padding row among them."""
+    return items if padding_idx is None else items + (items >= padding_idx)
+
+
+def to_items(rows: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
+    """Undo to_rows."""
+    return rows if padding_idx is None else rows - (rows > padding_idx)

@@ -1,0 +1,209 @@
+"""Cross-entropy over sampled negatives, in chunks of groups x positions x negatives.
+
+Position i shares the negatives of group i mod G, so the positions are seen as a matrix [M, G], M = ceil(N / G): all
+logits of a chunk are one batched product [G, M, D] x [G, K, D].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from recbole_cce.ops import negatives, reference
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which negatives the positions see: everything but the inputs."""
+
+    sampler: negatives.Uniform | negatives.Popularity
+    seed: int | torch.Tensor
+    num_negatives: int
+    sharing: str
+    logq_correction: bool
+    padding_idx: int | None
+    rounding: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some positions of some groups: row numbers [G, M] (all < N or masked), and what they need."""
+
+    groups: torch.Tensor  # [G] group numbers
+    rows: torch.Tensor  # [G, M] positions; past the end of a group's positions 0, with `inside` False
+    inside: torch.Tensor  # [G, M]
+    hidden: torch.Tensor  # [G, M, D]
+    target: torch.Tensor  # [G, M]
+
+
+def chunks(input: torch.Tensor, target: torch.Tensor, draws: Draws, dtype: torch.dtype) -> Iterator[Chunk]:
+    """All positions, in chunks whose products with a chunk of negatives stay below CHUNK_ELEMENTS."""
+    n, dim = input.shape
+    total = negatives.num_groups(n, draws.sharing)
+    depth = -(-n // total)
+    k = negatives_per_chunk(draws.num_negatives, dim)
+    positions = max(1, min(depth, reference.CHUNK_ELEMENTS // max(k, dim)))
+    groups = max(1, reference.CHUNK_ELEMENTS // max(positions * max(k, dim), k * dim))
+    for first_group in range(0, total, groups):
+        group = torch.arange(first_group, min(first_group + groups, total), device=input.device)
+        for first in range(0, depth, positions):
+            step = torch.arange(first, min(first + positions, depth), device=input.device)
+            rows = step * total + group[:, None]
+            inside = rows < n
+            rows = rows.masked_fill(~inside, 0)
+            yield Chunk(group, rows, inside, reference.read(input[rows], draws.rounding, dtype), target[rows])
+
+
+def negatives_per_chunk(num_negatives: int, dim: int) -> int:
+    """Negatives of one group whose vectors are in memory at a time."""
+    return max(1, min(num_negatives, reference.CHUNK_ELEMENTS // dim))
+
+
+def logits(
+    chunk: Chunk, weight: torch.Tensor, draws: Draws
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Rows [G, k] of negatives, their vectors [G, k, D] and corrected logits [G, M, k], some negatives at a time.
+
+    A negative that is the position's own target has logit -inf.
+    """
+    size = negatives_per_chunk(draws.num_negatives, weight.size(1))
+    num_items = len(weight) - (draws.padding_idx is not None)
+    for start in range(0, draws.num_negatives, size):
+        drawn = negatives.draw_negatives(
+            draws.sampler,
+            draws.seed,
+            chunk.groups,
+            draws.num_negatives,
+            len(weight),
+            draws.padding_idx,
+            torch.arange(start, min(start + size, draws.num_negatives), device=weight.device),
+        )
+        vectors = reference.read(weight[drawn], draws.rounding, chunk.hidden.dtype)
+        scores = chunk.hidden @ vectors.transpose(1, 2)
+        if draws.logq_correction:
+            log_q = draws.sampler.log_q(negatives.to_items(drawn, draws.padding_idx), num_items)
+            scores -= (log_q + math.log(draws.num_negatives))[:, None, :]
+        yield drawn, vectors, scores.masked_fill_(drawn[:, None, :] == chunk.target[:, :, None], -torch.inf)
+
+
+def sampled_cross_entropy(
+    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws
+) -> torch.Tensor:
+    """[N] losses, zero where target == padding_idx; see ops.sampled_cross_entropy."""
+    return SampledCrossEntropy.apply(input, weight, target, draws)
+
+
+class SampledCrossEntropy(torch.autograd.Function):
+    """Saves the log-sum-exp of each position; draws the negatives and computes the logits again for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws
+    ) -> torch.Tensor:
+        dtype = reference.math_dtype(input, weight)
+        lse = torch.zeros(len(input), dtype=dtype, device=input.device)
+        loss = torch.zeros_like(lse)
+        with torch.autocast(input.device.type, enabled=False):
+            for chunk in chunks(input, target, draws, dtype):
+                positive = positive_logits(chunk, weight, draws)
+                total = positive
+                for _, _, scores in logits(chunk, weight, draws):
+                    total = torch.logaddexp(total, scores.logsumexp(2))
+                rows = chunk.rows[chunk.inside]
+                lse[rows], loss[rows] = total[chunk.inside], (total - positive)[chunk.inside]
+            if draws.padding_idx is not None:
+                loss.masked_fill_(target == draws.padding_idx, 0)
+        ctx.draws = draws
+        ctx.save_for_backward(input, weight, target, lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        input, weight, target, lse = ctx.saved_tensors
+
+        def slopes(chunk: Chunk, positive: torch.Tensor | None, scores: torch.Tensor | None) -> torch.Tensor:
+            """d loss / d logit: softmax, minus one for the positive."""
+            total = lse[chunk.rows]
+            if scores is None:
+                return (positive - total).exp() - 1
+            return scores.sub_(total[:, :, None]).exp_()
+
+        return *gradients(input, weight, target, ctx.draws, grad, slopes), None, None
+
+
+def positive_logits(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """[G, M] logit of each position's own target."""
+    return (chunk.hidden * reference.read(weight[chunk.target], draws.rounding, chunk.hidden.dtype)).sum(2)
+
+
+def gradients(
+    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws, grad: torch.Tensor, slopes: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of input and weight, given `slopes`: d loss / d logit of the positive or of a chunk of negatives."""
+    dtype = reference.math_dtype(input, weight)
+    if draws.padding_idx is not None:
+        grad = grad.masked_fill(target == draws.padding_idx, 0)
+    grad_input = torch.zeros(input.shape, dtype=dtype, device=input.device)
+    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    with torch.autocast(input.device.type, enabled=False):
+        for chunk in chunks(input, target, draws, dtype):
+            scale = torch.where(chunk.inside, grad[chunk.rows].to(dtype), 0)
+            own = slopes(chunk, positive_logits(chunk, weight, draws), None) * scale
+            total = own[:, :, None] * reference.read(weight[chunk.target], draws.rounding, dtype)
+            grad_weight.index_add_(0, chunk.target.flatten(), (own[:, :, None] * chunk.hidden).flatten(0, 1))
+            for drawn, vectors, scores in logits(chunk, weight, draws):
+                slope = slopes(chunk, None, scores) * scale[:, :, None]
+                total += slope @ vectors
+                grad_weight.index_add_(0, drawn.flatten(), (slope.transpose(1, 2) @ chunk.hidden).flatten(0, 1))
+            grad_input[chunk.rows[chunk.inside]] = total[chunk.inside]
+    return grad_input.to(input.dtype), grad_weight.to(weight.dtype)
+
+
+def sampled_binary_cross_entropy(
+    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws, positive_weight: float
+) -> torch.Tensor:
+    """[N] losses, zero where target == padding_idx; see ops.sampled_binary_cross_entropy."""
+    return SampledBinaryCrossEntropy.apply(input, weight, target, draws, positive_weight)
+
+
+class SampledBinaryCrossEntropy(torch.autograd.Function):
+    """Saves nothing but its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        draws: Draws,
+        positive_weight: float,
+    ) -> torch.Tensor:
+        dtype = reference.math_dtype(input, weight)
+        loss = torch.zeros(len(input), dtype=dtype, device=input.device)
+        with torch.autocast(input.device.type, enabled=False):
+            for chunk in chunks(input, target, draws, dtype):
+                total = -positive_weight * F.logsigmoid(positive_logits(chunk, weight, draws))
+                for _, _, scores in logits(chunk, weight, draws):
+                    total += F.softplus(scores).sum(2)
+                loss[chunk.rows[chunk.inside]] = total[chunk.inside] / (draws.num_negatives + 1)
+            if draws.padding_idx is not None:
+                loss.masked_fill_(target == draws.padding_idx, 0)
+        ctx.draws, ctx.positive_weight = draws, positive_weight
+        ctx.save_for_backward(input, weight, target)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        input, weight, target = ctx.saved_tensors
+
+        def slopes(chunk: Chunk, positive: torch.Tensor | None, scores: torch.Tensor | None) -> torch.Tensor:
+            """d loss / d logit, before the division by K + 1."""
+            return ctx.positive_weight * (positive.sigmoid() - 1) if scores is None else scores.sigmoid()
+
+        grad = grad / (ctx.draws.num_negatives + 1)
+        return *gradients(input, weight, target, ctx.draws, grad, slopes), None, None, None

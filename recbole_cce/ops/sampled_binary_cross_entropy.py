@@ -1,0 +1,69 @@
+"""Binary cross-entropy with negative sampling: the losses of SASRec and gSASRec."""
+
+from __future__ import annotations
+
+import torch
+
+from recbole_cce.ops import backend as backends
+from recbole_cce.ops import checks
+from recbole_cce.ops.negatives import Popularity, Uniform
+from recbole_cce.ops.reference import sampled_cross_entropy as reference
+from recbole_cce.ops.sampled_cross_entropy import make_draws
+
+
+def sampled_binary_cross_entropy(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    num_negatives: int,
+    positive_weight: float = 1.0,
+    sampler: Uniform | Popularity | None = None,
+    sharing: str = "tile",
+    seed: int | torch.Tensor | None = None,
+    padding_idx: int | None = 0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Binary cross-entropy of each row's target as positive and K sampled items as negatives.
+
+    loss_i = -1/(K+1) * ( beta log sigmoid(s_iy) + sum_{k: n_k != y} log sigmoid(-s_{i n_k}) )
+
+    Args:
+        input, weight, target, num_negatives, sampler, sharing, seed, padding_idx, reduction, backend: as in
+            sampled_cross_entropy.
+        positive_weight: beta; 1 for SASRec, gbce_beta(...) for gSASRec.
+
+    Returns:
+        The loss, fp32 (fp64 if an input is fp64).
+
+    Dtypes: as in sampled_cross_entropy.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, option or, on the CPU, target id; names the argument.
+        RuntimeError: backend="triton" where the kernel cannot run.
+
+    Source: Kang & McAuley, SASRec, ICDM 2018; Petrov & Macdonald, gSASRec, RecSys 2023.
+    """
+    checks.check_inputs(input, weight, target, padding_idx, reduction)
+    draws = make_draws(input, weight, num_negatives, sampler, sharing, False, seed, padding_idx)
+    if not positive_weight >= 0:
+        raise ValueError(f"positive_weight: {positive_weight!r} is not valid; it takes a number >= 0")
+    backends.choose("sampled_binary_cross_entropy", backend, input.device)
+    loss = reference.sampled_binary_cross_entropy(input, weight, target, draws, positive_weight)
+    return checks.reduce(loss, checks.counted(target, padding_idx), reduction)
+
+
+def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
+    """Weight of the positive in gBCE (Petrov & Macdonald 2023, equation 16).
+
+    beta = alpha (t (1 - 1/alpha) + 1/alpha) with the sampling rate alpha = K / (V - 1), at most 1. t = 0 gives 1,
+    plain BCE; t = 1 gives alpha, calibrated probabilities.
+
+    Args:
+        num_negatives: K.
+        num_items: V.
+        t: calibration in [0, 1].
+    """
+    alpha = min(1.0, num_negatives / max(1, num_items - 1))
+    return alpha * (t * (1 - 1 / alpha) + 1 / alpha)

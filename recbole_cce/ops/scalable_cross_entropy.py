@@ -1,0 +1,99 @@
+"""Scalable cross-entropy, SCE: softmax over the hardest part of the catalogue, found by random projections."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from recbole_cce.ops import backend as backends
+from recbole_cce.ops import checks
+from recbole_cce.ops.reference import math_dtype
+from recbole_cce.ops.reference import scalable_cross_entropy as reference
+
+AUTO_BUCKET_SIZE_Y = 256
+
+
+def scalable_cross_entropy(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    n_buckets: int | str = "auto",
+    bucket_size_x: int | str = "auto",
+    bucket_size_y: int | str = AUTO_BUCKET_SIZE_Y,
+    mix_x: bool = False,
+    generator: torch.Generator | None = None,
+    padding_idx: int | None = 0,
+    reduction: str = "mean",
+    return_coverage: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of positions against the items that share a bucket with them.
+
+    Over the n rows that count: B random directions b; each takes the X positions with the largest <b, input_i> and
+    the Y items with the largest <b, weight_j>, without gradient. In each bucket, for each of its positions,
+
+    loss_i = -s_iy + log( exp(s_iy) + sum_{j in bucket, j != y} exp(s_ij) ),  y = target_i
+
+    A position in several buckets keeps its largest loss (of equal ones the lowest bucket's), which alone carries
+    gradient. A position in none is left out.
+
+    Args:
+        input: [N, D] hidden states.
+        weight: [V+1, D] item table.
+        target: [N] int64 rows of `weight`; rows equal to `padding_idx` are removed before anything else.
+        n_buckets: B; "auto": int(2 sqrt(n)).
+        bucket_size_x: X, at most n are used; "auto": int(2 sqrt(n)).
+        bucket_size_y: Y, at most V are used; "auto": 256.
+        mix_x: directions are Gaussian combinations of the hidden states instead of Gaussian vectors.
+        generator: source of the directions; the device's default one if None.
+        padding_idx: the row of `weight` that is in no bucket; None makes every row a candidate.
+        reduction: "mean" over the covered positions (0 if there are none), "sum", or "none": [N], 0 elsewhere.
+        return_coverage: also return [N] bool, True at positions that were in a bucket.
+        backend: "auto", "triton" or "torch"; only "auto" may fall back to torch, and logs it once.
+
+    Returns:
+        The loss, fp32 (fp64 if an input is fp64), or (loss, covered).
+
+    Dtypes: fp64, fp32, bf16 or fp16 inputs, also mixed. Under autocast their rows are rounded to its dtype as they
+    are read. Logits, log-sum-exp and gradient sums are fp32 (fp64 for fp64); gradients have their input's dtype.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, option or, on the CPU, target id; names the argument.
+        RuntimeError: backend="triton" where the kernel cannot run.
+
+    Source: SCE, arXiv 2409.18721.
+    """
+    checks.check_inputs(input, weight, target, padding_idx, reduction)
+    for name, size in (("n_buckets", n_buckets), ("bucket_size_x", bucket_size_x), ("bucket_size_y", bucket_size_y)):
+        if size != "auto":
+            checks.check_count(name, size)
+    backends.choose("scalable_cross_entropy", backend, input.device)
+
+    rows = checks.counted(target, padding_idx).nonzero().squeeze(1)
+    loss = torch.zeros(len(input), dtype=math_dtype(input, weight), device=input.device)
+    covered = torch.zeros(len(input), dtype=torch.bool, device=input.device)
+    if len(rows):
+        auto = int(2 * math.sqrt(len(rows)))
+        valid_input, valid_target = input[rows], target[rows]
+        positions, items = reference.select_buckets(
+            valid_input,
+            weight,
+            auto if n_buckets == "auto" else n_buckets,
+            min(auto if bucket_size_x == "auto" else bucket_size_x, len(rows)),
+            min(
+                AUTO_BUCKET_SIZE_Y if bucket_size_y == "auto" else bucket_size_y,
+                len(weight) - (padding_idx is not None),
+            ),
+            mix_x,
+            padding_idx,
+            generator,
+        )
+        valid_loss, valid_covered = reference.bucket_cross_entropy(valid_input, weight, valid_target, positions, items)
+        loss = loss.index_copy(0, rows, valid_loss)
+        covered[rows] = valid_covered
+    else:
+        loss = loss + 0 * (input.sum() + weight.sum())  # keeps a graph, so that backward() works on any batch
+    loss = checks.reduce(loss, covered, reduction)
+    return (loss, covered) if return_coverage else loss

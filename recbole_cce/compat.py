@@ -118,6 +118,20 @@ def ray_stand_in() -> str | None:
     return f"ray is not usable ({reason}); RecBole was imported with a stand-in for ray.tune.report"
 
 
+def no_anomaly_detection() -> str | None:
+    """Keep torch's anomaly detection as it was: importing RecBole's sequential models switches it on (not reported).
+
+    The module of SINE calls torch.autograd.set_detect_anomaly(True) at import, and looking up any sequential model
+    imports it: every backward pass of every model is then traced and searched for NaN.
+    """
+    before = torch.is_anomaly_enabled()
+    importlib.import_module("recbole.model.sequential_recommender")
+    if torch.is_anomaly_enabled() == before:
+        return None
+    torch.autograd.set_detect_anomaly(before)
+    return "importing RecBole's models switches torch's anomaly detection on; it is off again"
+
+
 def safe_checkpoints() -> str | None:
     """Make checkpoints that stock torch.load reads with weights_only=True, its default since 2.6 (#2155, #2212).
 
@@ -290,6 +304,7 @@ def collector_keeps_counters() -> str | None:
 REPAIRS: list[Callable[[], str | None]] = [
     numpy_aliases,
     ray_stand_in,
+    no_anomaly_detection,
     safe_checkpoints,
     pandas_fill_nan,
     pandas_sequence_lengths,

@@ -36,6 +36,7 @@ class EfficientTrainer(Trainer):
         )
         self.train_generator: torch.Generator | None = None
         self.resumed: dict[str, Any] | None = None
+        self.valid_result: dict[str, float] | None = None
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super()._build_optimizer(**kwargs)
@@ -109,11 +110,17 @@ class EfficientTrainer(Trainer):
             self.resumed = None
         return super().fit(train_data, *args, **kwargs)
 
+    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
+        score, result = super()._valid_epoch(valid_data, show_progress)
+        # RecBole saves a checkpoint when this result is the best, before it calls it so
+        self.valid_result = {name: float(value) for name, value in result.items()}
+        return score, result
+
     def _checkpoint_state(self, epoch: int) -> dict[str, Any]:
         return checkpoint_state(self, epoch) | {
             "scaler": self.scaler.state_dict(),
             "random_state": random_state(self.train_generator),
-            "best_valid_result": self.best_valid_result and dict(self.best_valid_result),
+            "best_valid_result": self.valid_result,
         }
 
     def resume_checkpoint(self, resume_file: str) -> None:

@@ -188,9 +188,9 @@ def draw_negatives(
 
 def to_rows(items: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
     """Items in [0, V) -> rows of the table, which has the padding row among them."""
-    return items if padding_idx is None else items + (items >= padding_idx)
+    return items if padding_idx is None else items + (items >= padding_idx).long()
 
 
 def to_items(rows: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
     """Undo to_rows."""
-    return rows if padding_idx is None else rows - (rows > padding_idx)
+    return rows if padding_idx is None else rows - (rows > padding_idx).long()

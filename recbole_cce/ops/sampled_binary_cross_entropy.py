@@ -55,7 +55,7 @@ def sampled_binary_cross_entropy(
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
-    """Weight of the positive in gBCE (Petrov & Macdonald 2023, equation 16).
+    """Weight of the positive in gBCE (Petrov & Macdonald, RecSys 2023).
 
     beta = alpha (t (1 - 1/alpha) + 1/alpha) with the sampling rate alpha = K / (V - 1), at most 1. t = 0 gives 1,
     plain BCE; t = 1 gives alpha, calibrated probabilities.

@@ -1,0 +1,55 @@
+"""The formulas of the losses as one would write them down: fully materialised, any dtype. The truth of the tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def candidates(weight, padding_idx):
+    mask = torch.zeros(len(weight), dtype=torch.bool)
+    if padding_idx is not None:
+        mask[padding_idx] = True
+    return mask
+
+
+def linear(hidden, weight, target, padding_idx=0):
+    logits = (hidden @ weight.T).masked_fill(candidates(weight, padding_idx), -math.inf)
+    own = (hidden * weight[target]).sum(1)
+    return logits.logsumexp(1) - own
+
+
+def sampled_logits(hidden, weight, target, drawn):
+    """[N, K] logits of each position's negatives `drawn` [N, K], -inf where one is the target."""
+    scores = torch.einsum("nd,nkd->nk", hidden, weight[drawn])
+    return scores.masked_fill(drawn == target[:, None], -math.inf)
+
+
+def sampled(hidden, weight, target, drawn, correction):
+    """`correction` [N, K]: log(K q) of each negative, 0 without the correction."""
+    own = (hidden * weight[target]).sum(1)
+    negative = sampled_logits(hidden, weight, target, drawn) - correction
+    return torch.cat([own[:, None], negative], dim=1).logsumexp(1) - own
+
+
+def sampled_binary(hidden, weight, target, drawn, beta):
+    own = (hidden * weight[target]).sum(1)
+    negative = sampled_logits(hidden, weight, target, drawn)
+    return -(beta * F.logsigmoid(own) + F.logsigmoid(-negative).sum(1)) / (drawn.size(1) + 1)
+
+
+def scalable(hidden, weight, target, positions, items):
+    """Largest loss of each position over its buckets (first of equals), and coverage, one pair at a time."""
+    own = (hidden * weight[target]).sum(1)
+    best = [None] * len(hidden)
+    for position, item in zip(positions.tolist(), items, strict=True):
+        for i in position:
+            others = item[item != target[i]]
+            loss = torch.cat([own[i : i + 1], weight[others] @ hidden[i]]).logsumexp(0) - own[i]
+            if best[i] is None or loss > best[i]:
+                best[i] = loss
+    covered = torch.tensor([loss is not None for loss in best])
+    zero = hidden.new_zeros(())
+    return torch.stack([zero if loss is None else loss for loss in best]), covered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def targets_of(batch) -> list:
         strict=True,
     ):
         items = [*items[:length], last]
-        pairs += [(user, *pair) for pair in zip(items, items[1:], strict=False)]
+        pairs += [(user, *pair) for pair in itertools.pairwise(items)]
     return pairs
 
 
@@ -216,7 +217,7 @@ def test_order_is_that_of_the_seconds_in_the_file(tmp_path):
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
     }
     by_user = {}
-    for user, item, time in sorted(rows, key=lambda row: int(row[2])):
+    for user, item, _ in sorted(rows, key=lambda row: int(row[2])):
         by_user.setdefault(user, []).append(item)
     test = splits("SASRecCCE", "seconds", **settings)[2]
     batch = test[np.arange(len(test))]
@@ -243,9 +244,9 @@ def test_saved_data_set_is_read_back(tmp_path, tiny_config):
 
 def test_batches_hold_the_rows_of_recbole_for_last_targets(tiny_config):
     config = Config("SASRecCCE", "tiny", config_dict={**tiny_config, "train_targets": "last"})
-    train, valid, test = data_preparation(config, create_dataset(config))
+    train, _, test = data_preparation(config, create_dataset(config))
     assert sum(len(batch) for batch in train) == len(train.dataset.inter_feat)
-    batch, _, positive_u, positive_i = next(iter(test))
+    batch, _, _, positive_i = next(iter(test))
     assert torch.equal(positive_i, batch["item_id"])
     assert "target_row" not in batch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import logging
 from pathlib import Path
 
@@ -17,10 +17,12 @@ logger = logging.getLogger(__name__)
 
 def triton_unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
     if device.type != "cuda":
         return f"they need an NVIDIA GPU, the device is {device.type!r}"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"they need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, the GPU has {capability}"
@@ -38,9 +40,8 @@ def choose(op: str, backend: str, device: torch.device) -> str:
         raise ValueError(f"backend: {backend!r} is not valid; it takes one of {', '.join(BACKENDS)}")
     if backend == "torch":
         return "torch"
-    reason = triton_unavailable(device)
-    if reason is None and not (Path(__file__).parent / "triton" / f"{op}.py").is_file():
-        reason = "this version has no Triton kernel for it"
+    has_kernel = (Path(__file__).parent / "triton" / f"{op}.py").is_file()
+    reason = triton_unavailable(device) if has_kernel else "this version has no Triton kernel for it"
     if reason is None:
         return "triton"
     if backend == "triton":

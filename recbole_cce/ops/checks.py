@@ -21,6 +21,8 @@ def check_inputs(
     for name, tensor, dims in (("input", input, 2), ("weight", weight, 2), ("target", target, 1)):
         if tensor.dim() != dims:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, it takes {dims} dimension(s)")
+    if input.size(1) == 0:
+        raise ValueError(f"input: has shape {tuple(input.shape)}, it takes at least one column")
     if input.size(1) != weight.size(1):
         raise ValueError(f"weight: has {weight.size(1)} columns, input has {input.size(1)}")
     if len(target) != len(input):
@@ -35,6 +37,8 @@ def check_inputs(
             f"input, weight and target are on different devices: {input.device}, {weight.device}, {target.device}"
         )
     rows = len(weight)
+    if padding_idx is not None and not isinstance(padding_idx, int):
+        raise ValueError(f"padding_idx: {padding_idx!r} is not valid; it takes an integer or None")
     if padding_idx is not None and not 0 <= padding_idx < rows:
         raise ValueError(f"padding_idx: {padding_idx} is no row of weight, which has {rows}")
     if rows - (padding_idx is not None) < 1:

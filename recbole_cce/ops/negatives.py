@@ -41,15 +41,21 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def random_words(seed: int | torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first two words of tl.randint4x(seed, offset): int64 tensors in [0, 2^32), shaped as `offset` (int64).
+def philox(
+    seed: int | torch.Tensor, counter: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The four words of tl.randint4x(seed, counter): int64 tensors in [0, 2^32), shaped as `counter` (int64).
 
     `seed`: an integer or a 0-d int64 tensor, which is never brought to the host.
     """
-    zero = torch.zeros_like(offset)
+    zero = torch.zeros_like(counter)
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    word0, word1, _, _ = philox4x32((offset & _MASK, (offset >> 32) & _MASK, zero, zero), key)
-    return word0, word1
+    return philox4x32((counter & _MASK, (counter >> 32) & _MASK, zero, zero), key)
+
+
+def random_words(seed: int | torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two words that a draw takes: the first two of philox(seed, offset)."""
+    return philox(seed, offset)[:2]
 
 
 def new_seed(device: torch.device) -> torch.Tensor:
@@ -85,15 +91,17 @@ class Popularity(nn.Module):
 
     def __init__(self, counts: torch.Tensor | np.ndarray, alpha: float = 1.0) -> None:
         super().__init__()
+        if isinstance(counts, torch.Tensor):
+            counts = counts.detach().cpu().numpy()
         weights = np.asarray(counts, dtype=np.float64)
-        if weights.ndim != 1 or len(weights) == 0 or not (weights >= 0).all():
-            raise ValueError(f"counts: has shape {weights.shape}; it takes [V] numbers >= 0, V >= 1")
+        if weights.ndim != 1 or len(weights) == 0 or not ((weights >= 0) & np.isfinite(weights)).all():
+            raise ValueError(f"counts: has shape {weights.shape}; it takes [V] finite numbers >= 0, V >= 1")
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"alpha: {alpha!r} is not valid; it takes a finite number >= 0")
-        q = np.maximum(weights, 1.0) ** alpha
-        q /= q.sum()
-        self.register_buffer("table", torch.from_numpy(alias_table(q)), persistent=False)
-        self.register_buffer("log_probability", torch.from_numpy(np.log(q).astype(np.float32)), persistent=False)
+        log_q = alpha * np.log(np.maximum(weights, 1.0))  # in logarithms: counts to a large power overflow
+        log_q -= np.logaddexp.reduce(log_q)
+        self.register_buffer("table", torch.from_numpy(alias_table(np.exp(log_q))), persistent=False)
+        self.register_buffer("log_probability", torch.from_numpy(log_q.astype(np.float32)), persistent=False)
 
     def draw(self, word0: torch.Tensor, word1: torch.Tensor, num_items: int) -> torch.Tensor:
         """Random words -> items in [0, V): word0 chooses a column, word1 its item or its alias."""
@@ -116,30 +124,34 @@ class Popularity(nn.Module):
 def alias_table(q: np.ndarray) -> np.ndarray:
     """Alias table of probabilities q [V] -> int32 [V, 2]: the bits of a uint32 threshold, and the alias.
 
-    Column i gives i if a random word is less than its threshold, else its alias. A sweep without a loop: with q V = 1
-    the fair share, the columns below it have gaps and the others surpluses, and both sums are equal. In order, each
-    gap is filled by the large column whose surplus is being spent when the gap starts. A large column that so falls
-    below its own share is filled by the next large one. V = 10^7 takes seconds.
+    Column i gives i if a random word is less than its threshold, else its alias. A sweep without a loop, in whole
+    units of 2^-32 of a column, so that the table holds exactly what q is rounded to: the columns below a fair share
+    have gaps and the others surpluses, and both sums are equal. In order, each gap is filled by the large column
+    whose surplus is being spent when the gap starts. A large column that so falls below its own share is filled by
+    the next large one. V = 10^7 takes seconds.
     """
-    scaled = q * len(q)
-    small, large = np.flatnonzero(scaled < 1), np.flatnonzero(scaled >= 1)
-    keep, alias = np.ones(len(q)), np.arange(len(q))
-    if len(small) and len(large):
-        # extended precision: the sums reach V and their differences must be good to 2^-32
-        gap_end = np.cumsum(1 - scaled[small], dtype=np.longdouble)
-        surplus_end = np.cumsum(scaled[large] - 1, dtype=np.longdouble)
-        gap_start = np.concatenate([[0], gap_end[:-1]])
-        donor = np.searchsorted(surplus_end, gap_start, side="right").clip(max=len(large) - 1)
-        keep[small], alias[small] = scaled[small], large[donor]
-        overdrawn_by = np.searchsorted(gap_end, surplus_end, side="right")  # the gap that takes more than was left
-        overdrawn = np.flatnonzero(overdrawn_by[:-1] < len(small))  # the last column has no next: rounding alone
-        keep[large[overdrawn]] = 1 + surplus_end[overdrawn] - gap_end[overdrawn_by[overdrawn]]
-        alias[large[overdrawn]] = large[overdrawn + 1]
-    threshold = np.rint(keep.clip(0, 1) * 2.0**32)
-    full = threshold >= 2**32  # no uint32: such a column is its own alias
-    alias[full] = np.flatnonzero(full)
-    threshold = np.where(full, 0, threshold).astype(np.uint32)
-    return np.stack([threshold.view(np.int32), alias.astype(np.int32)], axis=1)
+    fair = 2**32
+    share = np.maximum(np.rint(q / q.sum() * (len(q) * float(fair))).astype(np.int64), 1)
+    large = np.flatnonzero(share >= fair)
+    if len(large) == 0:
+        large = np.array([share.argmax()])
+    # rounding left the sum up to V units off: spread that over the large columns, where it matters least
+    missing, rest = divmod(len(q) * fair - int(share.sum()), len(large))
+    share[large] += missing
+    share[large[:rest]] += 1
+
+    small, large = np.flatnonzero(share < fair), np.flatnonzero(share >= fair)
+    threshold, alias = np.zeros(len(q), dtype=np.int64), np.arange(len(q))  # a full column is its own alias
+    gap_end, surplus_end = np.cumsum(fair - share[small]), np.cumsum(share[large] - fair)
+    gap_start = gap_end - (fair - share[small])
+    threshold[small], alias[small] = share[small], large[np.searchsorted(surplus_end, gap_start, side="right")]
+    # where a surplus ends inside a gap, the column has given what lies between there and the end of the gap too much
+    gap = np.searchsorted(gap_end, surplus_end, side="right")
+    overdrawn = np.flatnonzero(gap < len(small))
+    overdrawn = overdrawn[gap_start[gap[overdrawn]] < surplus_end[overdrawn]]
+    threshold[large[overdrawn]] = fair - (gap_end[gap[overdrawn]] - surplus_end[overdrawn])
+    alias[large[overdrawn]] = large[overdrawn + 1]
+    return np.stack([threshold.astype(np.uint32).view(np.int32), alias.astype(np.int32)], axis=1)
 
 
 def num_groups(n: int, sharing: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from recbole_cce.ops import backend as backends
@@ -47,8 +49,8 @@ def sampled_binary_cross_entropy(
     """
     checks.check_inputs(input, weight, target, padding_idx, reduction)
     draws = make_draws(input, weight, num_negatives, sampler, sharing, False, seed, padding_idx)
-    if not positive_weight >= 0:
-        raise ValueError(f"positive_weight: {positive_weight!r} is not valid; it takes a number >= 0")
+    if not 0 <= positive_weight < math.inf:
+        raise ValueError(f"positive_weight: {positive_weight!r} is not valid; it takes a finite number >= 0")
     backends.choose("sampled_binary_cross_entropy", backend, input.device)
     loss = reference.sampled_binary_cross_entropy(input, weight, target, draws, positive_weight)
     return checks.reduce(loss, checks.counted(target, padding_idx), reduction)
@@ -64,6 +66,13 @@ def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
         num_negatives: K.
         num_items: V.
         t: calibration in [0, 1].
+
+    Raises:
+        ValueError: num_negatives or num_items below 1, t outside [0, 1].
     """
+    checks.check_count("num_negatives", num_negatives)
+    checks.check_count("num_items", num_items)
+    if not 0 <= t <= 1:
+        raise ValueError(f"t: {t!r} is not valid; it takes a number in [0, 1]")
     alpha = min(1.0, num_negatives / max(1, num_items - 1))
     return alpha * (t * (1 - 1 / alpha) + 1 / alpha)

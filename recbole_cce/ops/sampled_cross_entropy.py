@@ -85,6 +85,8 @@ def make_draws(
         raise ValueError(f"sampler: {sampler!r} is not valid; it takes Uniform() or Popularity(counts, alpha)")
     if isinstance(sampler, Popularity) and len(sampler.table) != num_items:
         raise ValueError(f"sampler: has counts of {len(sampler.table)} items, weight has {num_items}")
+    if isinstance(sampler, Popularity) and sampler.table.device != weight.device:
+        raise ValueError(f"sampler: is on {sampler.table.device}, weight on {weight.device}")
     if seed is None:
         seed = new_seed(input.device)
     elif isinstance(seed, torch.Tensor):

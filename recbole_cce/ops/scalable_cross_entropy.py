@@ -8,7 +8,6 @@ import torch
 
 from recbole_cce.ops import backend as backends
 from recbole_cce.ops import checks
-from recbole_cce.ops.reference import math_dtype
 from recbole_cce.ops.reference import scalable_cross_entropy as reference
 
 AUTO_BUCKET_SIZE_Y = 256
@@ -71,29 +70,22 @@ def scalable_cross_entropy(
             checks.check_count(name, size)
     backends.choose("scalable_cross_entropy", backend, input.device)
 
+    if generator is not None and generator.device.type != input.device.type:
+        raise ValueError(f"generator: is on {generator.device}, input on {input.device}")
+
     rows = checks.counted(target, padding_idx).nonzero().squeeze(1)
-    loss = torch.zeros(len(input), dtype=math_dtype(input, weight), device=input.device)
-    covered = torch.zeros(len(input), dtype=torch.bool, device=input.device)
-    if len(rows):
-        auto = int(2 * math.sqrt(len(rows)))
-        valid_input, valid_target = input[rows], target[rows]
-        positions, items = reference.select_buckets(
-            valid_input,
-            weight,
-            auto if n_buckets == "auto" else n_buckets,
-            min(auto if bucket_size_x == "auto" else bucket_size_x, len(rows)),
-            min(
-                AUTO_BUCKET_SIZE_Y if bucket_size_y == "auto" else bucket_size_y,
-                len(weight) - (padding_idx is not None),
-            ),
-            mix_x,
-            padding_idx,
-            generator,
-        )
-        valid_loss, valid_covered = reference.bucket_cross_entropy(valid_input, weight, valid_target, positions, items)
-        loss = loss.index_copy(0, rows, valid_loss)
-        covered[rows] = valid_covered
-    else:
-        loss = loss + 0 * (input.sum() + weight.sum())  # keeps a graph, so that backward() works on any batch
+    auto = int(2 * math.sqrt(len(rows)))
+    num_items = len(weight) - (padding_idx is not None)
+    positions, items = reference.select_buckets(
+        input[rows],
+        weight,
+        auto if n_buckets == "auto" else n_buckets,
+        min(auto if bucket_size_x == "auto" else bucket_size_x, len(rows)),
+        min(AUTO_BUCKET_SIZE_Y if bucket_size_y == "auto" else bucket_size_y, num_items),
+        mix_x,
+        padding_idx,
+        generator,
+    )
+    loss, covered = reference.bucket_cross_entropy(input, weight, target, rows[positions], items)
     loss = checks.reduce(loss, covered, reduction)
     return (loss, covered) if return_coverage else loss

@@ -99,9 +99,7 @@ def test_sampled(dtype, sharing, popularity, correct):
     hidden, weight, target = problem(n=300, dtype=dtype)
     way = Sampling(300, weight, sharing=sharing, popularity=popularity, correct=correct)
     check(
-        lambda h, w: ops.sampled_cross_entropy(
-            h, w, target, logq_correction=correct, reduction="none", **way.kwargs
-        ),
+        lambda h, w: ops.sampled_cross_entropy(h, w, target, logq_correction=correct, reduction="none", **way.kwargs),
         lambda h, w: naive.sampled(h, w, target, way.drawn, way.correction.to(h.dtype)),
         hidden,
         weight,
@@ -257,10 +255,8 @@ def test_ignored_rows_change_nothing(op):
     target[::3] = 0
     changed = hidden.clone()
     changed[::3] = 1e3
-    if op == "scalable":  # buckets hold every row that counts, so that their order does not matter
-        kwargs = {"bucket_size_x": 37, "bucket_size_y": 53}
-    else:
-        kwargs = {}
+    # buckets hold every row that counts, so that their order does not matter
+    kwargs = {"bucket_size_x": 37, "bucket_size_y": 53} if op == "scalable" else {}
     assert call(op, hidden, weight, target, **kwargs) == call(op, changed, weight, target, **kwargs)
 
 

@@ -21,3 +21,18 @@ def autocast_rounding(*tensors: torch.Tensor) -> torch.dtype | None:
     if math_dtype(*tensors) == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def add_logits(largest: torch.Tensor, total: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A softmax denominator, as its largest logit and the sum of exp(logit - largest), with more logits [..., k].
+
+    The two are kept apart: one log-sum-exp would round to its own size and every probability would inherit that.
+    `logits` is overwritten.
+    """
+    new = torch.maximum(largest, logits.amax(-1))
+    return new, total * (largest - new).exp() + logits.sub_(new[..., None]).exp_().sum(-1)
+
+
+def cast(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
+    """A finished gradient in the dtype of its parameter; None stays None, where none is needed."""
+    return None if gradient is None else gradient.to(parameter.dtype)

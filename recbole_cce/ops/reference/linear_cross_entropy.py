@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from recbole_cce.ops import reference
 
@@ -18,7 +19,7 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Saves the log-sum-exp of each row and computes the logits again for the gradients."""
+    """Saves the softmax denominator of each row and computes the logits again for the gradients."""
 
     @staticmethod
     def forward(
@@ -31,63 +32,72 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.padding_idx, ctx.rounding = padding_idx, rounding
         dtype = reference.math_dtype(input, weight)
-        lse = torch.empty(len(input), dtype=dtype, device=input.device)
-        loss = torch.empty_like(lse)
+        largest = torch.full((len(input),), torch.finfo(dtype).min, dtype=dtype, device=input.device)
+        total = torch.zeros_like(largest)
+        loss = torch.empty_like(largest)
         with torch.autocast(input.device.type, enabled=False):
-            for rows in row_chunks(len(input), len(weight)):
+            for rows in row_chunks(len(input), weight):
                 hidden = reference.read(input[rows], rounding, dtype)
-                total = hidden.new_full((len(hidden),), -torch.inf)
-                for items in item_chunks(len(input), len(weight)):
+                for items in item_chunks(len(input), weight):
                     logits = hidden @ reference.read(weight[items], rounding, dtype).T
                     mask_padding(logits, items, padding_idx)
-                    total = torch.logaddexp(total, logits.logsumexp(1))
+                    largest[rows], total[rows] = reference.add_logits(largest[rows], total[rows], logits)
                 positive = (hidden * reference.read(weight[target[rows]], rounding, dtype)).sum(1)
-                lse[rows], loss[rows] = total, total - positive
+                loss[rows] = total[rows].log() + (largest[rows] - positive)
             if padding_idx is not None:
                 loss.masked_fill_(target == padding_idx, 0)
-        ctx.save_for_backward(input, weight, target, lse)
+        ctx.save_for_backward(input, weight, target, largest, total)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        input, weight, target, lse = ctx.saved_tensors
-        dtype = lse.dtype
+        input, weight, target, largest, total = ctx.saved_tensors
+        input_needed, weight_needed = ctx.needs_input_grad[:2]
+        dtype = total.dtype
         if ctx.padding_idx is not None:
             grad = grad.masked_fill(target == ctx.padding_idx, 0)
-        grad_input = torch.zeros(input.shape, dtype=dtype, device=input.device)
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        grad_input = torch.zeros(input.shape, dtype=dtype, device=input.device) if input_needed else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if weight_needed else None
         with torch.autocast(input.device.type, enabled=False):
-            for rows in row_chunks(len(input), len(weight)):
+            for rows in row_chunks(len(input), weight):
                 hidden, scale = reference.read(input[rows], ctx.rounding, dtype), grad[rows, None].to(dtype)
-                for items in item_chunks(len(input), len(weight)):
+                for items in item_chunks(len(input), weight):
                     vectors = reference.read(weight[items], ctx.rounding, dtype)
                     logits = hidden @ vectors.T
                     mask_padding(logits, items, ctx.padding_idx)
-                    softmax = logits.sub_(lse[rows, None]).exp_().mul_(scale)
-                    grad_input[rows] += softmax @ vectors
-                    grad_weight[items] += softmax.T @ hidden
-                grad_input[rows] -= scale * reference.read(weight[target[rows]], ctx.rounding, dtype)
-                grad_weight.index_add_(0, target[rows], -scale * hidden)
-        return grad_input.to(input.dtype), grad_weight.to(weight.dtype), None, None, None
+                    slope = logits.sub_(largest[rows, None]).exp_().div_(total[rows, None])
+                    # softmax minus one at the own target before the products: a peaked softmax then cancels exactly
+                    own = target[rows] - items.start
+                    inside = (own >= 0) & (own < items.stop - items.start)
+                    own = own.where(inside, 0)[:, None]
+                    slope.scatter_add_(1, own, -inside[:, None].to(dtype)).mul_(scale)
+                    if input_needed:
+                        grad_input[rows].addmm_(slope, vectors)
+                    if weight_needed:
+                        grad_weight[items].addmm_(slope.T, hidden)
+        return reference.cast(grad_input, input), reference.cast(grad_weight, weight), None, None, None
 
 
-def chunk_sizes(n: int, num_rows: int) -> tuple[int, int]:
-    """Rows and items of a chunk of logits: as square as it must be, all items if they fit beside 1024 rows."""
-    rows = max(1, min(n, 1024, reference.CHUNK_ELEMENTS))
-    items = max(1, min(num_rows, reference.CHUNK_ELEMENTS // rows))
-    return max(1, min(n, reference.CHUNK_ELEMENTS // items)), items
+def chunk_sizes(n: int, weight: torch.Tensor) -> tuple[int, int]:
+    """Rows and items of a chunk: 1024 rows if there are, then as many items as fit, then more rows if they do."""
+    num_rows, dim = weight.shape
+    limit = max(1, reference.CHUNK_ELEMENTS // dim)  # of rows and of items: their vectors are in memory too
+    rows = max(1, min(n, 1024, limit))
+    items = max(1, min(num_rows, limit, reference.CHUNK_ELEMENTS // rows))
+    return max(1, min(n, limit, reference.CHUNK_ELEMENTS // items)), items
 
 
-def row_chunks(n: int, num_rows: int) -> Iterator[slice]:
+def row_chunks(n: int, weight: torch.Tensor) -> Iterator[slice]:
     """Slices of the positions."""
-    size = chunk_sizes(n, num_rows)[0]
+    size = chunk_sizes(n, weight)[0]
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def item_chunks(n: int, num_rows: int) -> Iterator[slice]:
+def item_chunks(n: int, weight: torch.Tensor) -> Iterator[slice]:
     """Slices of the item table."""
-    size = chunk_sizes(n, num_rows)[1]
-    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+    size = chunk_sizes(n, weight)[1]
+    return (slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size))
 
 
 def mask_padding(logits: torch.Tensor, items: slice, padding_idx: int | None) -> None:

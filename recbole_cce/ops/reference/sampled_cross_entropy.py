@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.ops import negatives, reference
@@ -32,11 +33,16 @@ class Draws:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some positions of some groups: row numbers [G, M] (all < N or masked), and what they need."""
+    """Some positions of some groups. Groups differ by one in size: places past the end hold a group's first position.
+
+    So they see finite numbers, and weigh nothing. Results go to `slots`, which are all different, in buffers that
+    are longer than N: no choice by a mask, for which a GPU would have to wait.
+    """
 
     groups: torch.Tensor  # [G] group numbers
-    rows: torch.Tensor  # [G, M] positions; past the end of a group's positions 0, with `inside` False
-    inside: torch.Tensor  # [G, M]
+    slots: torch.Tensor  # [G, M] places in the result; N and more past the end
+    rows: torch.Tensor  # [G, M] positions
+    inside: torch.Tensor  # [G, M] bool
     hidden: torch.Tensor  # [G, M, D]
     target: torch.Tensor  # [G, M]
 
@@ -53,10 +59,16 @@ def chunks(input: torch.Tensor, target: torch.Tensor, draws: Draws, dtype: torch
         group = torch.arange(first_group, min(first_group + groups, total), device=input.device)
         for first in range(0, depth, positions):
             step = torch.arange(first, min(first + positions, depth), device=input.device)
-            rows = step * total + group[:, None]
-            inside = rows < n
-            rows = rows.masked_fill(~inside, 0)
-            yield Chunk(group, rows, inside, reference.read(input[rows], draws.rounding, dtype), target[rows])
+            slots = step * total + group[:, None]
+            inside = slots < n
+            rows = slots.where(inside, group[:, None])
+            yield Chunk(group, slots, rows, inside, reference.read(input[rows], draws.rounding, dtype), target[rows])
+
+
+def num_slots(n: int, draws: Draws) -> int:
+    """N, up to whole rounds over the groups."""
+    total = negatives.num_groups(n, draws.sharing)
+    return -(-n // total) * total
 
 
 def negatives_per_chunk(num_negatives: int, dim: int) -> int:
@@ -99,41 +111,43 @@ def sampled_cross_entropy(
 
 
 class SampledCrossEntropy(torch.autograd.Function):
-    """Saves the log-sum-exp of each position; draws the negatives and computes the logits again for the gradients."""
+    """Saves each position's softmax denominator; the gradients draw the negatives and compute the logits again."""
 
     @staticmethod
     def forward(
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws
     ) -> torch.Tensor:
         dtype = reference.math_dtype(input, weight)
-        lse = torch.zeros(len(input), dtype=dtype, device=input.device)
-        loss = torch.zeros_like(lse)
+        largest = torch.empty(num_slots(len(input), draws), dtype=dtype, device=input.device)
+        total, loss = torch.empty_like(largest), torch.empty_like(largest)
         with torch.autocast(input.device.type, enabled=False):
             for chunk in chunks(input, target, draws, dtype):
                 positive = positive_logits(chunk, weight, draws)
-                total = positive
+                top, mass = positive, torch.ones_like(positive)
                 for _, _, scores in logits(chunk, weight, draws):
-                    total = torch.logaddexp(total, scores.logsumexp(2))
-                rows = chunk.rows[chunk.inside]
-                lse[rows], loss[rows] = total[chunk.inside], (total - positive)[chunk.inside]
+                    top, mass = reference.add_logits(top, mass, scores)
+                largest[chunk.slots], total[chunk.slots] = top, mass
+                loss[chunk.slots] = mass.log() + (top - positive)
+            loss = loss[: len(input)]
             if draws.padding_idx is not None:
                 loss.masked_fill_(target == draws.padding_idx, 0)
         ctx.draws = draws
-        ctx.save_for_backward(input, weight, target, lse)
+        ctx.save_for_backward(input, weight, target, largest, total)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        input, weight, target, lse = ctx.saved_tensors
+        input, weight, target, largest, total = ctx.saved_tensors
 
         def slopes(chunk: Chunk, positive: torch.Tensor | None, scores: torch.Tensor | None) -> torch.Tensor:
             """d loss / d logit: softmax, minus one for the positive."""
-            total = lse[chunk.rows]
+            top, mass = largest[chunk.slots], total[chunk.slots]
             if scores is None:
-                return (positive - total).exp() - 1
-            return scores.sub_(total[:, :, None]).exp_()
+                return (positive - top - mass.log()).expm1()
+            return scores.sub_(top[:, :, None]).exp_().div_(mass[:, :, None])
 
-        return *gradients(input, weight, target, ctx.draws, grad, slopes), None, None
+        return *gradients(ctx.needs_input_grad, input, weight, target, ctx.draws, grad, slopes), None, None
 
 
 def positive_logits(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -142,26 +156,37 @@ def positive_logits(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> torch.T
 
 
 def gradients(
-    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws, grad: torch.Tensor, slopes: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+    needed: tuple[bool, ...],
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    draws: Draws,
+    grad: torch.Tensor,
+    slopes: Any,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of input and weight, given `slopes`: d loss / d logit of the positive or of a chunk of negatives."""
     dtype = reference.math_dtype(input, weight)
     if draws.padding_idx is not None:
         grad = grad.masked_fill(target == draws.padding_idx, 0)
-    grad_input = torch.zeros(input.shape, dtype=dtype, device=input.device)
-    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    slots = num_slots(len(input), draws)
+    grad_input = torch.zeros(slots, input.size(1), dtype=dtype, device=input.device) if needed[0] else None
+    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needed[1] else None
     with torch.autocast(input.device.type, enabled=False):
         for chunk in chunks(input, target, draws, dtype):
-            scale = torch.where(chunk.inside, grad[chunk.rows].to(dtype), 0)
-            own = slopes(chunk, positive_logits(chunk, weight, draws), None) * scale
-            total = own[:, :, None] * reference.read(weight[chunk.target], draws.rounding, dtype)
-            grad_weight.index_add_(0, chunk.target.flatten(), (own[:, :, None] * chunk.hidden).flatten(0, 1))
+            scale = grad[chunk.rows].to(dtype).where(chunk.inside, 0)
+            own = (slopes(chunk, positive_logits(chunk, weight, draws), None) * scale)[:, :, None]
+            if needed[0]:
+                grad_input[chunk.slots] = own * reference.read(weight[chunk.target], draws.rounding, dtype)
             for drawn, vectors, scores in logits(chunk, weight, draws):
                 slope = slopes(chunk, None, scores) * scale[:, :, None]
-                total += slope @ vectors
-                grad_weight.index_add_(0, drawn.flatten(), (slope.transpose(1, 2) @ chunk.hidden).flatten(0, 1))
-            grad_input[chunk.rows[chunk.inside]] = total[chunk.inside]
-    return grad_input.to(input.dtype), grad_weight.to(weight.dtype)
+                if needed[0]:
+                    grad_input[chunk.slots] += slope @ vectors
+                if needed[1]:
+                    grad_weight.index_add_(0, drawn.flatten(), (slope.transpose(1, 2) @ chunk.hidden).flatten(0, 1))
+            if needed[1]:  # the large terms last: the many small ones would be rounded to their size
+                grad_weight.index_add_(0, chunk.target.flatten(), (own * chunk.hidden).flatten(0, 1))
+    grad_input = None if grad_input is None else grad_input[: len(input)]
+    return reference.cast(grad_input, input), reference.cast(grad_weight, weight)
 
 
 def sampled_binary_cross_entropy(
@@ -184,13 +209,14 @@ class SampledBinaryCrossEntropy(torch.autograd.Function):
         positive_weight: float,
     ) -> torch.Tensor:
         dtype = reference.math_dtype(input, weight)
-        loss = torch.zeros(len(input), dtype=dtype, device=input.device)
+        loss = torch.empty(num_slots(len(input), draws), dtype=dtype, device=input.device)
         with torch.autocast(input.device.type, enabled=False):
             for chunk in chunks(input, target, draws, dtype):
                 total = -positive_weight * F.logsigmoid(positive_logits(chunk, weight, draws))
                 for _, _, scores in logits(chunk, weight, draws):
                     total += F.softplus(scores).sum(2)
-                loss[chunk.rows[chunk.inside]] = total[chunk.inside] / (draws.num_negatives + 1)
+                loss[chunk.slots] = total / (draws.num_negatives + 1)
+            loss = loss[: len(input)]
             if draws.padding_idx is not None:
                 loss.masked_fill_(target == draws.padding_idx, 0)
         ctx.draws, ctx.positive_weight = draws, positive_weight
@@ -198,12 +224,13 @@ class SampledBinaryCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         input, weight, target = ctx.saved_tensors
 
         def slopes(chunk: Chunk, positive: torch.Tensor | None, scores: torch.Tensor | None) -> torch.Tensor:
             """d loss / d logit, before the division by K + 1."""
-            return ctx.positive_weight * (positive.sigmoid() - 1) if scores is None else scores.sigmoid()
+            return -ctx.positive_weight * (-positive).sigmoid() if scores is None else scores.sigmoid()
 
         grad = grad / (ctx.draws.num_negatives + 1)
-        return *gradients(input, weight, target, ctx.draws, grad, slopes), None, None, None
+        return *gradients(ctx.needs_input_grad, input, weight, target, ctx.draws, grad, slopes), None, None, None

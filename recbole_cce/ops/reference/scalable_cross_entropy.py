@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from recbole_cce.ops import reference
 
@@ -34,37 +35,54 @@ def select_buckets(
     Returns:
         positions [B, X] and items [B, Y], int64.
     """
+    rounding, dtype = reference.autocast_rounding(input, weight), reference.math_dtype(input, weight)
     with torch.autocast(input.device.type, enabled=False):
-        dtype = reference.math_dtype(input, weight)
-        directions = random_directions(input.to(dtype), n_buckets, mix_x, generator)
-        positions = top_rows(directions, input, bucket_size_x, None)
-        items = top_rows(directions, weight, bucket_size_y, padding_idx)
+        directions = random_directions(input, n_buckets, mix_x, generator, rounding, dtype)
+        positions = top_rows(directions, input, bucket_size_x, None, rounding)
+        items = top_rows(directions, weight, bucket_size_y, padding_idx, rounding)
     return positions, items
 
 
 def random_directions(
-    input: torch.Tensor, n_buckets: int, mix_x: bool, generator: torch.Generator | None
+    input: torch.Tensor,
+    n_buckets: int,
+    mix_x: bool,
+    generator: torch.Generator | None,
+    rounding: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """[B, D] bucket centres."""
-    options = {"generator": generator, "dtype": input.dtype, "device": input.device}
+    options = {"generator": generator, "dtype": dtype, "device": input.device}
     if not mix_x:
         return torch.randn(n_buckets, input.size(1), **options)
-    directions = input.new_zeros(n_buckets, input.size(1))
-    for rows in input.split(max(1, reference.CHUNK_ELEMENTS // n_buckets)):
-        directions += torch.randn(n_buckets, len(rows), **options) @ rows
+    directions = torch.zeros(n_buckets, input.size(1), dtype=dtype, device=input.device)
+    for rows in input.split(max(1, reference.CHUNK_ELEMENTS // max(n_buckets, input.size(1)))):
+        directions += torch.randn(n_buckets, len(rows), **options) @ reference.read(rows, rounding, dtype)
     return directions
 
 
-def top_rows(directions: torch.Tensor, table: torch.Tensor, k: int, excluded: int | None) -> torch.Tensor:
-    """[B, k] the rows of `table` with the largest inner product with each direction, in no particular order."""
-    table = table.to(directions.dtype)
-    chosen = []
-    for some in directions.split(max(1, reference.CHUNK_ELEMENTS // len(table))):
-        scores = some @ table.T
-        if excluded is not None:
-            scores[:, excluded] = -torch.inf
-        chosen.append(scores.topk(k, dim=1, sorted=False).indices)
-    return torch.cat(chosen)
+def top_rows(
+    directions: torch.Tensor, table: torch.Tensor, k: int, excluded: int | None, rounding: torch.dtype | None
+) -> torch.Tensor:
+    """[B, k] the rows of `table` with the largest inner product with each direction, in no particular order.
+
+    Chunks of the table, and the best k so far: neither all scores nor a copy of the table is in memory.
+    """
+    n_buckets, dim = directions.shape
+    # not below k rows: the result [B, k] is there anyway, and smaller chunks would only merge more often
+    size = max(1, k, min(len(table), reference.CHUNK_ELEMENTS // max(1, n_buckets, dim)))
+    best = directions.new_empty(n_buckets, 0)
+    chosen = torch.empty(n_buckets, 0, dtype=torch.int64, device=table.device)
+    for start in range(0, len(table), size):
+        scores = directions @ reference.read(table[start : start + size], rounding, directions.dtype).T
+        if excluded is not None and start <= excluded < start + size:
+            scores[:, excluded - start] = -torch.inf
+        top = scores.topk(min(k, scores.size(1)), dim=1, sorted=False)
+        best, chosen = torch.cat([best, top.values], dim=1), torch.cat([chosen, top.indices + start], dim=1)
+        if best.size(1) > k:
+            best, index = best.topk(k, dim=1, sorted=False)
+            chosen = chosen.gather(1, index)
+    return chosen
 
 
 def bucket_cross_entropy(
@@ -84,7 +102,7 @@ def bucket_cross_entropy(
 
 
 class BucketCrossEntropy(torch.autograd.Function):
-    """Saves for each position its log-sum-exp and the bucket that won; only that pair carries gradient."""
+    """Saves for each position its softmax denominator and the bucket that won; only that pair carries gradient."""
 
     @staticmethod
     def forward(
@@ -98,51 +116,58 @@ class BucketCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = reference.math_dtype(input, weight)
         n, n_buckets = len(input), len(positions)
-        lse = torch.zeros(n, dtype=dtype, device=input.device)
-        loss = torch.full_like(lse, -torch.inf)
+        largest, total = torch.zeros(2, n, dtype=dtype, device=input.device)
+        loss = torch.full_like(total, -torch.inf)
         winner = torch.full((n,), n_buckets, device=input.device)
         with torch.autocast(input.device.type, enabled=False):
             for bucket, position in chunks(positions, items, input.size(1)):
                 scores, own, _, _ = bucket_logits(input, weight, target, position, items[bucket], rounding, dtype)
-                total = torch.logaddexp(scores.logsumexp(2), own)
-                position, total, value = position.flatten(), total.flatten(), (total - own).flatten()
+                top, mass = reference.add_logits(own, torch.ones_like(own), scores)
+                value = (mass.log() + (top - own)).flatten()
+                number = bucket[:, None].expand_as(position).flatten()
+                position = position.flatten()
                 before = loss.clone()
                 loss.scatter_reduce_(0, position, value, "amax")
                 best = (value == loss[position]) & (value > before[position])  # an earlier bucket wins a tie
-                number = bucket[:, None].expand(-1, len(position) // len(bucket)).flatten()
                 winner.masked_fill_(loss > before, n_buckets)
                 winner.scatter_reduce_(0, position[best], number[best], "amin")
                 won = best & (winner[position] == number)
-                lse[position[won]] = total[won]
+                largest[position[won]], total[position[won]] = top.flatten()[won], mass.flatten()[won]
         covered = winner < n_buckets
         loss.masked_fill_(~covered, 0)
         ctx.rounding = rounding
-        ctx.save_for_backward(input, weight, target, positions, items, lse, winner)
+        ctx.save_for_backward(input, weight, target, positions, items, largest, total, winner)
         ctx.mark_non_differentiable(covered)
         return loss, covered
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple:
-        input, weight, target, positions, items, lse, winner = ctx.saved_tensors
-        dtype = lse.dtype
-        grad_input = torch.zeros(input.shape, dtype=dtype, device=input.device)
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        input, weight, target, positions, items, largest, total, winner = ctx.saved_tensors
+        input_needed, weight_needed = ctx.needs_input_grad[:2]
+        dtype = total.dtype
+        grad_input = torch.zeros(input.shape, dtype=dtype, device=input.device) if input_needed else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if weight_needed else None
         with torch.autocast(input.device.type, enabled=False):
             for bucket, position in chunks(positions, items, input.size(1)):
                 scores, own, hidden, vectors = bucket_logits(
                     input, weight, target, position, items[bucket], ctx.rounding, dtype
                 )
-                # losers get 0; their log-sum-exp is that of another bucket, so clamp what could overflow
-                scale = torch.where(winner[position] == bucket[:, None], grad[position].to(dtype), 0)
-                total = lse[position]
-                softmax = (scores - total[:, :, None]).clamp_(max=0).exp_().mul_(scale[:, :, None])
-                slope = ((own - total).exp() - 1) * scale
-                to_own = slope[:, :, None] * reference.read(weight[target[position]], ctx.rounding, dtype)
-                grad_input.index_add_(0, position.flatten(), (softmax @ vectors + to_own).flatten(0, 1))
-                to_items = softmax.transpose(1, 2) @ hidden
-                grad_weight.index_add_(0, items[bucket].flatten(), to_items.flatten(0, 1))
-                grad_weight.index_add_(0, target[position].flatten(), (slope[:, :, None] * hidden).flatten(0, 1))
-        return grad_input.to(input.dtype), grad_weight.to(weight.dtype), None, None, None, None
+                # losers get 0; their denominator is that of another bucket, so clamp what could overflow
+                won = winner[position] == bucket[:, None]
+                scale = grad[position].to(dtype).where(won, 0)
+                top, mass = largest[position], total[position]
+                softmax = scores.sub_(top[:, :, None]).clamp_(max=0).exp_().mul_((scale / mass)[:, :, None])
+                slope = ((own - top - mass.log()).expm1() * scale)[:, :, None]
+                own_item = target[position]
+                if input_needed:
+                    to_own = slope * reference.read(weight[own_item], ctx.rounding, dtype)
+                    grad_input.index_add_(0, position.flatten(), (softmax @ vectors + to_own).flatten(0, 1))
+                if weight_needed:
+                    to_items = softmax.transpose(1, 2) @ hidden
+                    grad_weight.index_add_(0, items[bucket].flatten(), to_items.flatten(0, 1))
+                    grad_weight.index_add_(0, own_item.flatten(), (slope * hidden).flatten(0, 1))
+        return reference.cast(grad_input, input), reference.cast(grad_weight, weight), None, None, None, None
 
 
 def chunks(positions: torch.Tensor, items: torch.Tensor, dim: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -7,13 +7,13 @@ RecBole are untouched and see the same data.
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
 from recbole.data.interaction import Interaction
 from recbole.evaluator import collector as recbole_collector
 
+PER_ROW = ("rec.items", "rec.topk", "rec.meanrank")  # what ranking metrics are computed from
 SCORE_ELEMENTS = 2**26  # scores held at a time with eval_chunk_items: auto (256 MiB in fp32)
 
 
@@ -31,18 +31,13 @@ def chunked_topk(
     Args:
         hidden: [users, D] user vectors.
         weight: [V+1, D] item table; row `padding_idx` is never returned.
-        k: number of items per user.
+        k: number of items per user, at most V.
         chunk_items: items scored at a time.
 
     Returns:
         [users, k] int64 row numbers of `weight`, best first. Equal scores may come in any order, as with
         torch.topk. Scores are computed in the dtype of the inputs.
-
-    Raises:
-        ValueError: k is larger than the number of items.
     """
-    if k > weight.size(0) - 1:
-        raise ValueError(f"topk: {k} is larger than the catalogue of {weight.size(0) - 1} items")
     best_scores = hidden.new_empty(hidden.size(0), 0)
     best_items = torch.empty(hidden.size(0), 0, dtype=torch.int64, device=hidden.device)
     for start in range(0, weight.size(0), chunk_items):
@@ -65,16 +60,20 @@ def auto_chunk_items(users: int) -> int:
 class Collector(recbole_collector.Collector):
     """RecBole's Collector, accepting ready-made top-k lists and correct over several processes.
 
-    `n_samples`: rows of the evaluated split over all processes. Set by our trainer before each evaluation.
-    RecBole averages the metrics of the processes instead, which is wrong for coverage-like metrics and counts
-    twice the rows that DistributedSampler repeats to give every process equally many.
+    RecBole averages the metrics of the processes, which is wrong for coverage-like metrics and counts twice the rows
+    that DistributedSampler repeats to give every process equally many. Here what ranking metrics are computed from
+    has one row for each row of the evaluated split, and is gathered.
+
+    Attributes:
+        n_samples: rows of the evaluated split over all processes, set by our trainer before each evaluation; None, as
+            with RecBole's trainers, leaves the processes apart.
     """
 
     n_samples: int | None = None
 
     def needs_scores(self) -> bool:
-        """Whether a metric looks at more than the top-k lists (GAUC, value metrics)."""
-        return any(self.register.need(name) for name in ("rec.meanrank", "rec.score", "data.label"))
+        """Whether a metric looks at all scores (GAUC), not just at the top-k lists."""
+        return self.register.need("rec.meanrank")
 
     def eval_batch_collect(
         self,
@@ -83,7 +82,7 @@ class Collector(recbole_collector.Collector):
         positive_u: torch.Tensor,
         positive_i: torch.Tensor,
     ) -> None:
-        """Collect one batch: `positive_i[j]` is a held-out item of the batch's user `positive_u[j]`."""
+        """Collect one batch. With top-k lists, `positive_i[j]` is the one held-out item of row j."""
         if not isinstance(scores_tensor, TopK):
             super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
             return
@@ -91,22 +90,19 @@ class Collector(recbole_collector.Collector):
         if self.register.need("rec.items"):
             self.data_struct.update_tensor("rec.items", items)
         if self.register.need("rec.topk"):
-            positive_u, positive_i = positive_u.to(items.device), positive_i.to(items.device)
-            found = (items[positive_u] == positive_i[:, None]).int()
-            hits = torch.zeros_like(items, dtype=torch.int).index_add_(0, positive_u, found).clamp_(max=1)
-            counts = torch.bincount(positive_u, minlength=len(items)).int()
-            self.data_struct.update_tensor("rec.topk", torch.cat([hits, counts[:, None]], dim=1))
+            hits = items == positive_i.to(items.device)[:, None]
+            positives = hits.new_ones(len(items), 1)
+            self.data_struct.update_tensor("rec.topk", torch.cat([hits, positives], dim=1).int())
 
     def get_data_struct(self) -> recbole_collector.DataStruct:
         """Everything collected, on the CPU and from all processes; per-evaluation entries are then dropped."""
         collected = self.data_struct._data_dict
-        if self.n_samples is not None and torch.distributed.is_initialized():
-            for name in [name for name in ("rec.items", "rec.topk", "rec.meanrank") if name in collected]:
-                collected[name] = gather_rows(collected[name], self.n_samples)
         result = recbole_collector.DataStruct()
         for name, value in collected.items():
-            result.set(name, value.cpu() if isinstance(value, torch.Tensor) else copy.deepcopy(value))
-        for name in ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label"):
+            if self.n_samples is not None and torch.distributed.is_initialized() and name in PER_ROW:
+                value = gather_rows(value, self.n_samples)
+            result.set(name, value.cpu() if isinstance(value, torch.Tensor) else value)
+        for name in (*PER_ROW, "rec.score", "data.label"):
             collected.pop(name, None)
         return result
 

@@ -1,12 +1,14 @@
 """The training losses, one nn.Module per `loss_type`: forward(hidden [N, D], target [N], weight [V+1, D]) -> scalar.
 
-Each returns the mean over the rows whose target is not the padding item 0. To add a loss: write its op in
-recbole_cce/ops, a class here, and its name in LOSSES.
+Each returns the mean over the rows whose target is not the padding item 0. CE and CE- hold all their logits, in plain
+torch; the others call an op, which `loss_backend` concerns. To add a loss: write its op in recbole_cce/ops, a class
+here, and its name in LOSSES.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,7 +32,8 @@ class Loss(nn.Module):
         self.dtype: str = config["loss_dtype"]
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Autocast as `loss_dtype` says: the ops round their inputs to the autocast dtype, logits stay fp32."""
+        """Autocast as `loss_dtype` says. The ops round their inputs to its dtype and keep logits in fp32; the products
+        of CE and CE- are torch's own, with logits in that dtype."""
         if self.dtype == "auto":
             return contextlib.nullcontext()
         if self.dtype == "float32":
@@ -62,8 +65,8 @@ class CE(Loss):
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with self.precision(hidden.device):
-            logits = hidden @ weight[1:].T
-        loss = F.cross_entropy(logits.float(), target - 1, ignore_index=-1, reduction="sum")
+            logits = hidden.to(weight.dtype) @ weight[1:].T
+        loss = F.cross_entropy(at_least_float32(logits), target - 1, ignore_index=-1, reduction="sum")
         return loss / (target != 0).sum().clamp(min=1)
 
 
@@ -96,18 +99,18 @@ class CEMinus(SampledLoss):
     """The same number as CCE-, with the rows of all negatives in memory [N, K, D]: the paper's baseline."""
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        n, groups = len(hidden), negatives.num_groups(len(hidden), self.sharing)
-        seed = torch.randint(0, 2**62, (), device=hidden.device)
-        group = torch.arange(n, device=hidden.device) % groups
+        device = hidden.device
+        groups = torch.arange(negatives.num_groups(len(hidden), self.sharing), device=device)
         drawn = negatives.draw_negatives(
-            self.sampler, seed, torch.arange(groups, device=hidden.device), self.num_negatives, len(weight), 0
-        )[group]
-        with self.precision(hidden.device):
-            positive = torch.einsum("nd,nd->n", hidden, weight[target]).float()
-            negative = torch.einsum("nd,nkd->nk", hidden, weight[drawn]).float()
+            self.sampler, negatives.new_seed(device), groups, self.num_negatives, len(weight), padding_idx=0
+        )
+        drawn = drawn[torch.arange(len(hidden), device=device) % len(groups)]
+        hidden = hidden.to(weight.dtype)
+        with self.precision(device):
+            positive = at_least_float32(torch.einsum("nd,nd->n", hidden, weight[target]))
+            negative = at_least_float32(torch.einsum("nd,nkd->nk", hidden, weight[drawn]))
         if self.logq_correction:
-            log_q = self.sampler.log_q(drawn - 1, len(weight) - 1)
-            negative = negative - (log_q + torch.tensor(float(self.num_negatives)).log().item())
+            negative = negative - (self.sampler.log_q(drawn - 1, len(weight) - 1) + math.log(self.num_negatives))
         negative = negative.masked_fill(drawn == target[:, None], -torch.inf)
         loss = torch.logsumexp(torch.cat([positive[:, None], negative], dim=1), dim=1) - positive
         valid = target != 0
@@ -185,3 +188,8 @@ LOSSES: dict[str, type[Loss]] = {
     "BCE": BCE,
     "gBCE": GBCE,
 }
+
+
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in fp32, where a product under autocast or of 16-bit inputs is not."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

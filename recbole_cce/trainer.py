@@ -11,8 +11,8 @@ import torch
 from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.trainer.trainer import Trainer
-from recbole.utils import get_gpu_usage, set_color
-from torch import nn
+from recbole.utils import EvaluatorType, get_gpu_usage, set_color
+from torch import distributed, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
@@ -24,25 +24,41 @@ class EfficientTrainer(Trainer):
     """Trainer of SASRecCCE and SASRecSCE.
 
     What differs from RecBole's: autocast in `amp_dtype`, gradients unscaled before they are clipped, no wait for the
-    device in a step, checkpoints from which a run goes on exactly, full ranking in chunks of `eval_chunk_items`.
+    device in a step, checkpoints from which a run goes on exactly, full ranking in chunks of `eval_chunk_items`,
+    metrics over the users of all processes.
+
+    Of a model it needs, besides what RecBole's does: `loss`, one of losses.LOSSES, `item_embedding`, and `forward` of
+    lists and lengths that gives vectors whose inner products with `item_embedding` are the scores.
     """
 
     def __init__(self, config: Config, model: nn.Module) -> None:
         super().__init__(config, model)
+        needed = self.eval_collector.register.need
+        if max(config["topk"]) >= model.n_items and (needed("rec.items") or needed("rec.topk")):
+            raise ValueError(
+                f"topk: {config['topk']} is not valid; it takes at most {model.n_items - 1}, the number of items"
+            )
         self.amp_dtype = autocast_dtype(config["amp_dtype"], self.device, config["enable_amp"])
         self.scaler = torch.amp.GradScaler(
-            self.device.type,
-            enabled=self.device.type == "cuda" and (self.amp_dtype == torch.float16 or config["enable_scaler"]),
+            self.device.type, enabled=self.amp_dtype == torch.float16 or bool(config["enable_scaler"])
         )
+        self.distributed = not config["single_spec"]
+        if self.distributed:
+            # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
+            self.distributed_model.broadcast_buffers = False
         self.train_generator: torch.Generator | None = None
+        self.random_states: list[dict[str, Any]] = []  # of each process
         self.resumed: dict[str, Any] | None = None
         self.valid_result: dict[str, float] | None = None
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super()._build_optimizer(**kwargs)
-        for group in optimizer.param_groups:
-            if "betas" in group and self.config["adam_betas"] is not None:
-                group["betas"] = tuple(self.config["adam_betas"])
+        betas = self.config["adam_betas"]
+        if betas is not None:
+            for group in optimizer.param_groups:
+                if "betas" not in group:
+                    raise ValueError(f"adam_betas: {betas} is not for learner: {self.learner}; adam and adamw take it")
+                group["betas"] = tuple(betas)
         return optimizer
 
     def _train_epoch(
@@ -55,12 +71,11 @@ class EfficientTrainer(Trainer):
         """One epoch; returns the sum of the batch losses, as RecBole logs it.
 
         Raises:
-            ValueError: a loss was NaN; names the first such step. Parameters are then NaN too.
+            ValueError: a loss was NaN; names the first such step. The last checkpoint is from before.
         """
         self.model.train()
         loss_func = loss_func or self.model.calculate_loss
-        distributed = not self.config["single_spec"]
-        if distributed and train_data.shuffle:
+        if self.distributed and train_data.shuffle:
             train_data.sampler.set_epoch(epoch_idx)
         progress = tqdm(
             train_data,
@@ -73,12 +88,12 @@ class EfficientTrainer(Trainer):
         for interaction in progress:
             interaction = interaction.to(self.device)
             self.optimizer.zero_grad()
-            if distributed:
+            if self.distributed:
                 self.set_reduce_hook()
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype != torch.float32):
                 loss = loss_func(interaction)
             losses.append(loss.detach())
-            if distributed:
+            if self.distributed:
                 loss = loss + self.sync_grad_loss()
             self.scaler.scale(loss).backward()
             if self.clip_grad_norm:
@@ -103,12 +118,25 @@ class EfficientTrainer(Trainer):
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> tuple[float, dict[str, float]]:
         """As RecBole's; after resume_checkpoint, data order and random numbers go on where they stopped."""
         self.train_generator = train_data.generator
+        if self.distributed:  # RecBole seeds by local_rank, which two machines share
+            torch.manual_seed(self.config["seed"] + distributed.get_rank())
         if self.resumed is not None:
-            set_random_state(self.resumed["random_state"], self.train_generator)
-            self.scaler.load_state_dict(self.resumed["scaler"])
-            self.best_valid_result = self.resumed["best_valid_result"]
+            self._resume_random_state(self.resumed["random_states"])
+            if self.resumed["scaler"]:  # empty where none was needed
+                self.scaler.load_state_dict(self.resumed["scaler"])
+            self.valid_result = self.best_valid_result = self.resumed["best_valid_result"]
             self.resumed = None
         return super().fit(train_data, *args, **kwargs)
+
+    def _resume_random_state(self, states: list[dict[str, Any]]) -> None:
+        rank, processes = (distributed.get_rank(), distributed.get_world_size()) if self.distributed else (0, 1)
+        if len(states) == processes:
+            set_random_state(states[rank], self.device, self.train_generator)
+        else:
+            self.logger.warning(
+                f"the checkpoint is one of {len(states)} processes, these are {processes}: training goes on with other "
+                "random numbers"
+            )
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
         score, result = super()._valid_epoch(valid_data, show_progress)
@@ -116,10 +144,20 @@ class EfficientTrainer(Trainer):
         self.valid_result = {name: float(value) for name, value in result.items()}
         return score, result
 
+    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        """As RecBole's, which every process calls and the first one does."""
+        state = random_state(self.device, self.train_generator)
+        self.random_states = [state]
+        if self.distributed:
+            self.random_states = [state] * distributed.get_world_size()
+            distributed.all_gather_object(self.random_states, state)
+        # RecBole calls with -1 where no epoch is left to train, after resuming a finished run, too
+        super()._save_checkpoint(max(epoch, self.start_epoch - 1), verbose, **kwargs)
+
     def _checkpoint_state(self, epoch: int) -> dict[str, Any]:
         return checkpoint_state(self, epoch) | {
             "scaler": self.scaler.state_dict(),
-            "random_state": random_state(self.train_generator),
+            "random_states": self.random_states,
             "best_valid_result": self.valid_result,
         }
 
@@ -133,15 +171,18 @@ class EfficientTrainer(Trainer):
         model = checkpoint["config"]["model"]
         if model != self.config["model"]:
             raise ValueError(f"{resume_file} is a checkpoint of {model}, not of {self.config['model']}")
-        if "random_state" in checkpoint:
-            self.resumed = {name: checkpoint[name] for name in ("scaler", "random_state", "best_valid_result")}
         super().resume_checkpoint(resume_file)
+        self.resumed = {name: checkpoint[name] for name in ("scaler", "random_states", "best_valid_result")}
 
     def evaluate(self, eval_data: Any, *args: Any, **kwargs: Any) -> dict[str, float] | None:
-        """As RecBole's; metrics of several processes are computed over all their users together."""
+        """As RecBole's; ranking metrics of several processes are computed over all their users together."""
         if eval_data:
             self.eval_collector.n_samples = eval_data.sample_size
         return super().evaluate(eval_data, *args, **kwargs)
+
+    def _map_reduce(self, result: dict[str, float], num_sample: int) -> dict[str, float]:
+        # RecBole's average over the processes: only value metrics still need one
+        return result if self.config["eval_type"] == EvaluatorType.RANKING else super()._map_reduce(result, num_sample)
 
     def _full_sort_batch_eval(
         self, batched_data: tuple
@@ -172,25 +213,25 @@ def autocast_dtype(amp_dtype: str, device: torch.device, enable_amp: bool | None
     return torch.float32
 
 
-def random_state(generator: torch.Generator | None) -> dict[str, Any]:
+def random_state(device: torch.device, generator: torch.Generator | None) -> dict[str, Any]:
     """The state of every random number generator that training uses, in types that torch.load reads safely."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "train_data": None if generator is None else generator.get_state(),
     }
 
 
-def set_random_state(state: dict[str, Any], generator: torch.Generator) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device, generator: torch.Generator) -> None:
     """Undo random_state()."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
     if state["train_data"] is not None:
         generator.set_state(state["train_data"])

@@ -51,18 +51,19 @@ class EfficientSASRec(SASRec):
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The loss of `loss_type`, averaged over the targets of the batch."""
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        target = interaction[self.POS_ITEM_ID]
         if self.train_targets == "last":
-            return self.loss(self.forward(item_seq, lengths), interaction[self.POS_ITEM_ID], self.item_embedding.weight)
-        target = next_items(item_seq, lengths, interaction[self.POS_ITEM_ID])
-        valid = target != 0
-        hidden = self.hidden_states(item_seq)[valid]
-        return self.loss(hidden, target[valid], self.item_embedding.weight)
+            return self.loss(self.forward(item_seq, lengths), target, self.item_embedding.weight)
+        target = next_items(item_seq, lengths, target).flatten()
+        rows = target.nonzero().squeeze(1)  # waits for the device once a batch
+        hidden = self.hidden_states(item_seq).flatten(0, 1)[rows]
+        return self.loss(hidden, target[rows], self.item_embedding.weight)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, with a clear error when the weights belong to another catalogue or size.
 
         Raises:
-            ValueError: names both item tables.
+            ValueError: names what differs.
         """
         loaded, own = state_dict.get("item_embedding.weight"), self.item_embedding.weight
         if loaded is not None and loaded.shape != own.shape:
@@ -71,6 +72,9 @@ class EfficientSASRec(SASRec):
                 f"{own.size(0) - 1} items x {own.size(1)}: it was trained on another data set, with other filters or "
                 "with another hidden_size"
             )
+        loaded, own = state_dict.get("position_embedding.weight"), self.position_embedding.weight
+        if loaded is not None and loaded.shape != own.shape:
+            raise ValueError(f"MAX_ITEM_LIST_LENGTH: {len(own)} is not the checkpoint's, which is {len(loaded)}")
         return super().load_state_dict(state_dict, strict, assign)
 
     def load_other_parameter(self, para: dict[str, Any] | None) -> None:
@@ -101,7 +105,10 @@ def next_items(item_seq: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor
 
 
 def item_counts(dataset: Any) -> torch.Tensor:
-    """[V] how often each real item is a target in the training split."""
+    """[V] how often each real item is a target in the training split, each of its rows having one.
+
+    Held-out interactions do not count, nor do a user's first ones, which are never a target.
+    """
     items = dataset.inter_feat[dataset.iid_field]
     return torch.bincount(items, minlength=dataset.item_num)[1:]
 

@@ -133,7 +133,7 @@ class BucketCrossEntropy(torch.autograd.Function):
                 winner.scatter_reduce_(0, position[best], number[best], "amin")
                 won = best & (winner[position] == number)
                 largest[position[won]], total[position[won]] = top.flatten()[won], mass.flatten()[won]
-        covered = winner < n_buckets
+        covered = (winner < n_buckets) | loss.isnan()  # NaN equals nothing, so that it has no winner
         loss.masked_fill_(~covered, 0)
         ctx.rounding = rounding
         ctx.save_for_backward(input, weight, target, positions, items, largest, total, winner)

@@ -12,6 +12,8 @@ import torch
 
 import recbole_cce  # noqa: F401  repairs RecBole before any test imports it
 
+torch.set_num_threads(1)  # the tensors here are tiny: threads would only wait for each other
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

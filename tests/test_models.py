@@ -1,0 +1,223 @@
+"""SASRecCCE and SASRecSCE against RecBole's SASRec: parameters, scores, loss and gradients; bad weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.sequential_recommender.sasrec import SASRec
+from torch.nn import functional as F
+
+from recbole_cce.losses import LOSSES, SCE, CCEMinus
+from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE, fingerprint, next_items
+from tests.build import configure, experiment
+from tests.test_layers import ATTENTION
+
+MODELS = {"SASRecCCE": SASRecCCE, "SASRecSCE": SASRecSCE}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0}
+
+
+@pytest.fixture
+def dataset(tiny_config):
+    return experiment("SASRecCCE", tiny_config).train.dataset
+
+
+@pytest.fixture
+def pair(tiny_config, dataset):
+    """RecBole's SASRec, and ours with its state dict; weights large enough that scores differ."""
+
+    def make(model="SASRecCCE", dtype=torch.float32, **settings):
+        settings = {**tiny_config, **settings}
+        stock = SASRec(configure("SASRec", {**settings, "loss_type": "CE"}), dataset)
+        for parameter in stock.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        ours = MODELS[model](configure(model, settings), dataset)
+        ours.load_state_dict(stock.state_dict())
+        return stock.to(dtype), ours.to(dtype)
+
+    return make
+
+
+def batch(n_items, length):
+    """Random rows of every number of items from 1 to `length`, with a held-out item each."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.cat([torch.arange(1, length + 1), torch.tensor([length, 1])])
+    items = torch.randint(1, n_items, (len(lengths), length), generator=generator)
+    items[torch.arange(length) >= lengths[:, None]] = 0
+    last = torch.randint(1, n_items, (len(lengths),), generator=generator)
+    return Interaction({"item_id_list": items, "item_length": lengths, "item_id": last})
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_state_dicts_go_both_ways(pair, model):
+    stock, ours = pair(model)
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    torch.nn.init.normal_(ours.item_embedding.weight)
+    stock.load_state_dict(ours.state_dict())
+    for name, value in stock.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_no_loss_adds_to_the_state_dict(pair, loss_type):
+    stock, ours = pair(loss_type=loss_type, negative_distribution="popularity")
+    assert list(stock.state_dict()) == list(ours.state_dict())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("length", [1, 6, 50])
+def test_scores_are_those_of_recbole(pair, model, attention, length):
+    stock, ours = pair(model, attention=attention, MAX_ITEM_LIST_LENGTH=length)
+    stock.eval(), ours.eval()
+    rows = batch(stock.n_items, length)
+    with torch.no_grad():
+        scores = stock.full_sort_predict(rows)
+        assert scores.std() > 0.3
+        torch.testing.assert_close(ours.full_sort_predict(rows), scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.predict(rows), stock.predict(rows), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "loss_type", "loss"), [("SASRecCCE", "CCE-", CCEMinus), ("SASRecSCE", "SCE", SCE)])
+def test_default_losses(tiny_config, dataset, model, loss_type, loss):
+    config = configure(model, tiny_config)
+    made = MODELS[model](config, dataset)
+    assert config["loss_type"] == made.loss_type == loss_type and type(made.loss) is loss
+    assert config["train_targets"] == "all"
+
+
+# Training: loss and gradients
+
+
+def without_padding(stock, rows):
+    """RecBole's CE loss over the real items: the logit of the padding row, its candidate 0, left out."""
+    hidden = stock.forward(rows["item_id_list"], rows["item_length"])
+    return F.cross_entropy(hidden @ stock.item_embedding.weight[1:].T, rows["item_id"] - 1)
+
+
+def assert_equal_gradients(stock, ours, truth):
+    """After backward of `truth` and of our loss."""
+    truth.backward()
+    for (name, theirs), mine in zip(stock.named_parameters(), ours.parameters(), strict=True):
+        assert theirs.grad.abs().max() > 1e-6 or name.endswith("key.bias"), name  # softmax does not see that one
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_last_targets_with_ce_give_the_loss_of_recbole_without_its_padding_item(pair, attention):
+    stock, ours = pair(dtype=torch.double, loss_type="CE", train_targets="last", attention=attention, **NO_DROPOUT)
+    rows = batch(stock.n_items, 8)
+    loss, truth = ours.calculate_loss(rows), without_padding(stock, rows)
+    torch.testing.assert_close(loss, truth, rtol=1e-12, atol=0)
+    loss.backward()
+    assert_equal_gradients(stock, ours, truth)
+    assert (ours.item_embedding.weight.grad[0] == 0).all()
+
+
+def test_recbole_counts_the_padding_item_among_the_candidates(pair):
+    """Its loss is larger than ours by log(1 + p), p the padding item's weight relative to all real items'."""
+    stock, ours = pair(dtype=torch.double, loss_type="CE", train_targets="last", **NO_DROPOUT)
+    rows = batch(stock.n_items, 8)
+    scores = stock.full_sort_predict(rows)
+    p = (scores[:, 0] - scores[:, 1:].logsumexp(1)).exp()
+    assert p.mean() > 0.01
+    torch.testing.assert_close(stock.calculate_loss(rows) - ours.calculate_loss(rows), p.log1p().mean())
+    stock.calculate_loss(rows).backward()
+    assert (stock.item_embedding.weight.grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_all_targets_give_the_mean_over_all_prefixes(pair, attention):
+    """Every prefix of every row as a row of its own, through RecBole's SASRec."""
+    stock, ours = pair(dtype=torch.double, loss_type="CE", attention=attention, **NO_DROPOUT)
+    rows = batch(stock.n_items, 8)
+    prefixes = {"item_id_list": [], "item_length": [], "item_id": []}
+    for items, length, last in zip(*(rows[field].tolist() for field in prefixes), strict=True):
+        items = [*items[:length], last]
+        for stop in range(1, length + 1):
+            prefixes["item_id_list"].append([*items[:stop], *[0] * (8 - stop)])
+            prefixes["item_length"].append(stop)
+            prefixes["item_id"].append(items[stop])
+    truth = without_padding(stock, {field: torch.tensor(value) for field, value in prefixes.items()})
+    loss = ours.calculate_loss(rows)
+    torch.testing.assert_close(loss, truth, rtol=1e-12, atol=0)
+    loss.backward()
+    assert_equal_gradients(stock, ours, truth)
+
+
+def test_next_items():
+    items = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [9, 0, 0, 0], [5, 5, 5, 0]])
+    expected = [[6, 7, 8, 1], [6, 2, 0, 0], [3, 0, 0, 0], [5, 5, 4, 0]]
+    assert next_items(items, torch.tensor([4, 2, 1, 3]), torch.tensor([1, 2, 3, 4])).tolist() == expected
+
+
+@pytest.mark.parametrize("train_targets", ["all", "last"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_trains_every_parameter(tiny_config, model, loss_type, train_targets):
+    run = experiment(model, {**tiny_config, "loss_type": loss_type, "train_targets": train_targets})
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    losses = [run.trainer._train_epoch(run.train, epoch) for epoch in range(3)]
+    assert all(0 < loss < 1000 for loss in losses) and losses[2] < losses[0]
+    for name, parameter in run.model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not torch.equal(parameter, before[name]), name
+    changed = (run.model.item_embedding.weight != before["item_embedding.weight"]).any(1)
+    assert not changed[0]
+    assert changed[run.train.dataset.inter_feat["item_id"]].all()
+
+
+def test_popularity_counts_the_targets_of_the_training_split(tiny_config):
+    """Once each, whatever `train_targets` is; neither held-out interactions nor a user's first."""
+    histories = {}
+    for line in Path(tiny_config["data_path"], "tiny", "tiny.inter").read_text().splitlines()[1:]:
+        user, item, time = line.split("\t")
+        histories.setdefault(user, []).append((int(time), item))
+    counts = Counter()
+    for history in histories.values():
+        targets = [item for _, item in sorted(history)][1:]
+        counts.update(targets[: max(1, len(targets) - 2)])  # RecBole leaves every user one to train
+    for train_targets in ("all", "last"):
+        settings = {"train_targets": train_targets, "negative_distribution": "popularity", "negative_alpha": 0.5}
+        run = experiment("SASRecCCE", {**tiny_config, **settings})
+        tokens = run.train.dataset.field2id_token["item_id"][1:]
+        q = torch.tensor([max(1, counts[token]) for token in tokens]).double().sqrt()
+        log_q = run.model.loss.sampler.log_q(torch.arange(len(tokens)), len(tokens))
+        torch.testing.assert_close(log_q.double().exp(), q / q.sum(), rtol=1e-6, atol=0)
+
+
+# Bad input
+
+
+def test_weights_of_another_catalogue_size(pair):
+    stock, ours = pair()
+    state = {**stock.state_dict(), "item_embedding.weight": torch.zeros(100, 16)}
+    with pytest.raises(ValueError, match=r"table is 99 items x 16, this model's is 30 items x 16: .*other filters"):
+        ours.load_state_dict(state)
+
+
+def test_weights_of_another_hidden_size(pair):
+    stock, _ = pair(hidden_size=8)
+    _, ours = pair()
+    with pytest.raises(ValueError, match=r"30 items x 8, this model's is 30 items x 16: .*another hidden_size"):
+        ours.load_state_dict(stock.state_dict())
+
+
+def test_weights_of_another_length(pair):
+    stock, _ = pair(MAX_ITEM_LIST_LENGTH=5)
+    _, ours = pair()
+    with pytest.raises(ValueError, match="MAX_ITEM_LIST_LENGTH: 8 is not the checkpoint's, which is 5"):
+        ours.load_state_dict(stock.state_dict())
+
+
+def test_weights_of_another_catalogue_of_the_same_size(pair, dataset):
+    _, ours = pair()
+    tokens = dataset.field2id_token["item_id"]
+    assert ours.other_parameter() == {"catalogue": fingerprint(tokens)}
+    ours.load_other_parameter(ours.other_parameter())
+    ours.load_other_parameter({})  # weights of RecBole's SASRec bring none
+    with pytest.raises(ValueError, match=r"another catalogue .*its rows stand for other items"):
+        ours.load_other_parameter({"catalogue": fingerprint(tokens[::-1])})

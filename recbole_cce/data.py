@@ -15,11 +15,52 @@ import pandas as pd
 import torch
 from recbole.config import Config
 from recbole.data.dataset import SequentialDataset
+from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
 # Column of inter_feat: where in the flat table the row's target is. Never in a batch.
 TARGET_ROW = "target_row"
+# The C engine's way to parse numbers as the Python engine does; from pandas 3.1 it has no other, and the option is
+# deprecated.
+PANDAS_VERSION = tuple(int(part) for part in pd.__version__.split(".")[:2])
+SAME_NUMBERS = {"float_precision": "high"} if PANDAS_VERSION < (3, 1) else {}
+
+
+class Rows(Interaction):
+    """An Interaction that takes rows by a tensor. RecBole's makes a Python list of each index: seconds at 1M rows."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, (list, range)):
+            index = np.asarray(index) if len(index) else np.empty(0, dtype=np.int64)
+        if isinstance(index, np.ndarray):
+            index = torch.from_numpy(index)
+        if isinstance(index, torch.Tensor):
+            return Rows({field: values[index] for field, values in self.interaction.items()})
+        return super().__getitem__(index)
+
+
+class CReader:
+    """pandas for RecBole's reader: its read_csv runs the C engine, ten times faster than the Python engine.
+
+    Numbers are parsed to the same bits. Tokens are Python strings, which RecBole counts one by one: pandas 3 has
+    Arrow strings for `str`, slow to iterate. What the C engine cannot read (long separators, bad lines) goes to the
+    Python engine that RecBole asks for, whose errors name the column.
+    """
+
+    def __init__(self, pandas: Any) -> None:
+        self.pandas = pandas
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pandas, name)
+
+    def read_csv(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
+        """pandas.read_csv."""
+        dtypes = {column: object if dtype is str else dtype for column, dtype in kwargs["dtype"].items()}
+        try:
+            return self.pandas.read_csv(*args, **{**kwargs, **SAME_NUMBERS, "engine": "c", "dtype": dtypes})
+        except ValueError:
+            return self.pandas.read_csv(*args, **kwargs)
 
 
 class LeanSequentialDataset(SequentialDataset):
@@ -57,10 +98,14 @@ class LeanSequentialDataset(SequentialDataset):
                         f"load_col: the column {field!r} ({option}) of {filepath} is not loaded; set "
                         f"load_col: {{inter: [{', '.join(self._required_fields())}]}}"
                     )
+        pandas = recbole_dataset.pd
+        recbole_dataset.pd = CReader(pandas)
         try:
             return super()._load_feat(filepath, source)
         except (ValueError, pd.errors.ParserError) as error:
             raise ValueError(f"{filepath} cannot be read: {error}") from error
+        finally:
+            recbole_dataset.pd = pandas
 
     def _required_fields(self) -> list[str]:
         return [self.config[option] for option in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
@@ -113,7 +158,7 @@ class LeanSequentialDataset(SequentialDataset):
         if len(target) == 0:
             raise ValueError(f"no user of {self.dataset_name} has two interactions: there is nothing to predict")
         rows = torch.from_numpy(target)
-        self.inter_feat = Interaction({field: self.flat[field][rows] for field in self.flat})
+        self.inter_feat = Rows({field: self.flat[field][rows] for field in self.flat})
         length = np.minimum(target - first[target], self.max_item_list_len)
         self.inter_feat[self.item_list_length_field] = torch.from_numpy(length)
         self.inter_feat[TARGET_ROW] = rows
@@ -149,6 +194,12 @@ class LeanSequentialDataset(SequentialDataset):
             self.inter_feat._reindex(torch.from_numpy(np.argsort(time, kind="stable")))
         else:
             super().sort(by, ascending)
+
+    def _grouped_index(self, group_by_list: np.ndarray) -> list[list[int]]:
+        """As RecBole's, without its loop over rows: the rows of each user, users in the order of their first row."""
+        order = np.argsort(group_by_list, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(group_by_list[order])) + 1)
+        return [group.tolist() for group in sorted(groups, key=lambda group: group[0])]
 
     def _drop_unused_col(self) -> None:
         # RecBole finds list fields in inter_feat: a stand-in lets it name and forget those that are unused

@@ -116,8 +116,53 @@ def test_splits_equal_stock_with_extra_columns(with_sequences, split):
     )
 
 
+@pytest.mark.parametrize("split", [{"LS": "valid_only"}, {"LS": "test_only"}, {"TS": [0.8, 0.1, 0.1]}], ids=str)
+def test_rarer_splits_equal_stock(tmp_path, split):
+    header, rows = ranked_rows()
+    assert_equal_splits(
+        "part",
+        data_path=str(write_inter(tmp_path / "data", "part", header, rows[:3000])),
+        load_col={"inter": ["user_id", "item_id", "timestamp"]},
+        eval_args={"split": split, "order": "TO", "mode": "full", "group_by": "user"},
+    )
+
+
 def test_splits_equal_stock_without_unused_columns(ml100k):
     assert_equal_splits("ranked", **ml100k, unused_col={"inter": ["rating", "timestamp_list"]}, MAX_ITEM_LIST_LENGTH=9)
+
+
+def test_files_are_read_to_the_same_bits(tmp_path):
+    """Numbers of all lengths, tokens that look like numbers, quotes, missing values: as the reader RecBole asks for."""
+    rng = np.random.default_rng(4)
+    rows = []
+    for user in range(40):
+        for step in range(rng.integers(3, 9)):
+            rating = rng.choice(["", "1e-3", "NaN", str(rng.random() * 10.0 ** rng.integers(-300, 300))])
+            tag = rng.choice(["007", "7", "NA", "", "a b", '"q"', 'in"side', "1.50", "true"])
+            rows.append((f"0{user}", rng.choice(["1", "01", "1.0", "nan ", "'i'", "ï"]), repr(step / 7), rating, tag))
+    header = "user_id:token\titem_id:token\ttimestamp:float\trating:float\ttag:token"
+    settings = {
+        "data_path": str(write_inter(tmp_path / "data", "odd", header, rows)),
+        "load_col": {"inter": ["user_id", "item_id", "timestamp", "rating", "tag"]},
+        "encoding": "utf-8",
+    }
+    configs = [
+        Config(model, "odd", config_dict={"state": "ERROR", "train_neg_sample_args": None, **settings})
+        for model in ("SASRec", "SASRecCCE")
+    ]
+    stock, ours = (create_dataset(config) for config in configs)
+    for field in ("timestamp", "rating"):  # fp64 here; the splits hold fp32
+        assert np.array_equal(stock.inter_feat[field].to_numpy(), ours.inter_feat[field].to_numpy()), field
+    for field in ("user_id", "item_id", "tag"):
+        assert stock.field2id_token[field].tolist() == ours.field2id_token[field].tolist(), field
+    assert_equal_splits("odd", **settings)
+
+
+def test_long_separators_are_read_as_in_recbole(tmp_path):
+    rows = ["::".join(map(str, row)) for row in ROWS]
+    write_inter(tmp_path / "data", "long", HEADER.replace("\t", "::"), [(row,) for row in rows])
+    settings = {"field_separator": "::", "load_col": {"inter": ["user_id", "item_id", "timestamp"]}}
+    assert_equal_splits("long", data_path=str(tmp_path / "data"), **settings)
 
 
 @pytest.fixture

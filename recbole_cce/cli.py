@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import platform
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 import pandas as pd
 import recbole
 import torch
+import yaml
+from recbole.config import Config
 from recbole.utils import argument_list
 
 import recbole_cce
@@ -36,11 +40,11 @@ Every other key of RecBole's configuration is a flag too, as --key=value. Flags 
 def parser() -> argparse.ArgumentParser:
     """The named flags of RecBole's own script; every configuration key is accepted besides."""
     parser = argparse.ArgumentParser(
-        prog="run_recbole_cce.py",
         description="Train and evaluate sequential recommenders with RecBole and memory-efficient losses.",
         epilog=EXAMPLES + "\nkeys added to RecBole's:\n" + keys_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--model", help="a model of this package or of RecBole (default: SASRecCCE)")
     parser.add_argument("--dataset", help="name of the data set, a folder in data_path (default: ml-100k)")
@@ -61,45 +65,72 @@ def keys_help() -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
-    """Run what the command line asks for and return RecBole's result.
-
-    RecBole's Config reads its --key=value flags from sys.argv by itself.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["doctor"]:
-        print(doctor())
-        return None
-    args, rest = parser().parse_known_args(arguments)
-    files = args.config_files.strip().split() if args.config_files else []
+def main() -> dict[str, Any] | None:
+    """Run what sys.argv asks for and return RecBole's result; a mistake of the user's is one line and exit status 2."""
     try:
-        in_files = {key: value for file in files for key, value in config_file(file).items()}
-        model = args.model or in_files.get("model") or "SASRecCCE"
-        check_model(model)
-        check_flags(rest, in_files, model)
-    except ValueError as error:
-        parser().error(str(error))
-    return quick_start.run(
-        model,
-        args.dataset or in_files.get("dataset") or "ml-100k",
-        config_file_list=files,
-        nproc=args.nproc,
-        world_size=args.world_size,
-        ip=args.ip,
-        port=args.port,
-        group_offset=args.group_offset,
-    )
+        if sys.argv[1:] == ["doctor"]:
+            print(doctor())
+            return None
+        return quick_start.run(**arguments())
+    except Exception as error:
+        if not is_users_mistake(error):
+            raise
+        logging.getLogger().debug("where it was noticed", exc_info=error)
+        message = " ".join(str(error).split())
+        parser().exit(2, f"{Path(sys.argv[0]).name}: error: {message}\n")
+
+
+def arguments() -> dict[str, Any]:
+    """The arguments of quick_start.run that the command line and its configuration files ask for, checked.
+
+    RecBole's Config reads the --key=value flags from sys.argv by itself.
+
+    Raises:
+        ValueError, argparse.ArgumentError: names the option, its value and what it takes.
+    """
+    args, rest = parser().parse_known_args()
+    files = args.config_files.split() if args.config_files else []
+    in_files = {key: value for file in files for key, value in config_file(file).items()}
+    model = args.model or in_files.get("model") or "SASRecCCE"
+    check_model(model)
+    check_flags(rest, in_files, model)
+    dataset = args.dataset or in_files.get("dataset") or "ml-100k"
+    if args.nproc > 1:
+        check_gpus(args.nproc, Config(model, dataset, quick_start.config_files(model, dataset, files))["gpu_id"])
+    names = ("nproc", "world_size", "ip", "port", "group_offset")
+    return {"model": model, "dataset": dataset, "config_file_list": files} | {
+        name: getattr(args, name) for name in names
+    }
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """Whether an error is one that RecBole or this package raises on purpose, or one of files and the network.
+
+    The last frame of such an error stands on a `raise` of theirs; errors of torch, NumPy and the like come from
+    elsewhere, and with them the whole traceback is of use.
+    """
+    if isinstance(error, (argparse.ArgumentError, OSError)):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    packages = tuple(str(Path(package.__file__).parent) for package in (recbole, recbole_cce))
+    return last.filename.startswith(packages) and last.line.startswith("raise ")
 
 
 def config_file(file: str) -> dict[str, Any]:
     """A YAML file of the user's.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it does not hold `key: value` lines.
     """
     if not Path(file).is_file():
         raise ValueError(f"--config_files: there is no file {file!r}")
-    return registry.read_yaml(file)
+    try:
+        settings = registry.read_yaml(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config_files: {file!r} is not YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config_files: {file!r} holds no 'key: value' lines")
+    return settings
 
 
 def check_model(model: str) -> None:
@@ -110,6 +141,17 @@ def check_model(model: str) -> None:
         known.update(re.findall(r"^class (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE))
     if model not in known:
         raise ValueError(f"--model: there is no model {model!r}{nearest(model, known)}")
+
+
+def check_gpus(nproc: int, gpu_id: str) -> None:
+    """Raise a ValueError where there is not one GPU for each process; RecBole starts no process without one."""
+    named, there = len(gpu_id.split(",")), torch.cuda.device_count()
+    if named < nproc:
+        raise ValueError(
+            f"--nproc={nproc} needs {nproc} GPUs, but gpu_id={gpu_id!r} names {named}; use --gpu_id=0,1,..."
+        )
+    if there < nproc:
+        raise ValueError(f"--nproc={nproc} needs {nproc} GPUs, but of gpu_id={gpu_id!r} this machine has {there}")
 
 
 def check_flags(flags: list[str], in_files: dict[str, Any], model: str) -> None:
@@ -147,7 +189,7 @@ def nearest(name: str, known: set[str]) -> str:
 
 
 def doctor() -> str:
-    """Versions, GPU, whether Triton kernels can run and why not, and the active repairs of RecBole."""
+    """Versions, GPU, whether Triton kernels can run and why not, and what is repaired of RecBole."""
     try:
         import triton
 
@@ -168,4 +210,8 @@ def doctor() -> str:
     lines.append("Triton kernels can run" if reason is None else f"Triton kernels cannot run: {reason}")
     lines.append("Active repairs of RecBole:")
     lines += [f"  {name}: {sentence}" for name, sentence in compat.ACTIVE.items()]
+    idle = [repair.__name__ for repair in compat.REPAIRS if repair.__name__ not in compat.ACTIVE]
+    lines.append(f"Not needed here: {', '.join(idle) or 'none'}")
+    lines.append(f"Answered by the trainer and the data set of {', '.join(registry.MODELS)}:")
+    lines += [f"  {problem}: {answer}" for problem, answer in compat.ELSEWHERE.items()]
     return "\n".join(lines)

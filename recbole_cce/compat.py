@@ -2,8 +2,8 @@
 
 Each function acts only where it is needed, names the RecBole issue it answers and returns one sentence saying
 what it did, or None where RecBole works unaided. `apply()` runs them all; `ACTIVE` keeps the sentences for
-`python run_recbole_cce.py doctor`. What RecBole's Trainer and Collector get wrong at scale for *our* models is
-answered by subclasses in trainer.py and evaluation.py.
+`python run_recbole_cce.py doctor`. `ELSEWHERE` lists what RecBole's Trainer and data set get wrong at scale: that is
+answered for *our* models alone, by subclasses in trainer.py, evaluation.py and data.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
+import inspect
+import logging
 import os
 import sys
-import tempfile
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 import torch
 
 RECBOLE_VERSION = "1.2.1"
@@ -76,6 +80,33 @@ def numpy_aliases() -> str | None:
     return f"NumPy {np.__version__} lacks np.float_, np.complex_ and np.unicode_; aliases set from current names"
 
 
+def plain_metrics() -> str | None:
+    """Give metrics as plain floats: NumPy 2 prints np.float64(0.13), and torch.load refuses NumPy's numbers (#2155)."""
+    from recbole.evaluator import Evaluator
+
+    original = Evaluator.evaluate
+
+    def evaluate(self: Any, dataobject: Any) -> dict[str, float]:
+        result = original(self, dataobject)
+        result.update((name, float(value)) for name, value in result.items())
+        return result
+
+    Evaluator.evaluate = evaluate
+    return "metrics are plain floats, in the log and in checkpoints"
+
+
+def scipy_update() -> str | None:
+    """Give SciPy's dok_matrix the private _update back that LightGCN and other graph models call (#2034, #2090)."""
+    if hasattr(scipy.sparse.dok_matrix, "_update"):
+        return None
+
+    def update(self: Any, values: dict[tuple[int, int], float]) -> None:
+        self._dict.update(values)
+
+    scipy.sparse.dok_matrix._update = update
+    return f"SciPy {scipy.__version__} lacks dok_matrix._update, which graph models call; it is put back"
+
+
 @contextlib.contextmanager
 def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute for the length of a with-block."""
@@ -118,6 +149,26 @@ def ray_stand_in() -> str | None:
     return f"ray is not usable ({reason}); RecBole was imported with a stand-in for ray.tune.report"
 
 
+def exhaustive_search() -> str | None:
+    """Let HyperTuning's default search run with hyperopt > 0.2.5, which wants NumPy's Generator (#1320)."""
+    try:
+        version = importlib.metadata.version("hyperopt")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if tuple(map(int, version.split(".")[:3])) <= (0, 2, 5):
+        return None
+    from recbole.trainer import hyper_tuning
+
+    original = hyper_tuning.exhaustive_search
+
+    def exhaustive_search(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        with _swapped(np.random, "RandomState", np.random.default_rng):
+            return original(*args, **kwargs)
+
+    hyper_tuning.exhaustive_search = exhaustive_search
+    return f"hyperopt {version} refuses the RandomState of RecBole's exhaustive search; it gets a Generator"
+
+
 def no_anomaly_detection() -> str | None:
     """Keep torch's anomaly detection as it was: importing RecBole's sequential models switches it on (not reported).
 
@@ -132,41 +183,90 @@ def no_anomaly_detection() -> str | None:
     return "importing RecBole's models switches torch's anomaly detection on; it is off again"
 
 
+def cross_entropy_defaults() -> str | None:
+    """Let `model: SASRec` run with RecBole's own defaults (#955, #1208, #1320).
+
+    RecBole's overall.yaml asks for a sampled negative, and its Config refuses that for sequential models with their
+    default `loss_type: CE`, so that each of them needs `train_neg_sample_args: ~`. It is set only where RecBole would
+    raise and the user has not said anything about it.
+    """
+    from recbole.config import Config
+    from recbole.utils import ModelType
+
+    original = Config._load_internal_config_dict
+
+    def load_internal_config_dict(self: Any, model: str, model_class: type, dataset: str) -> None:
+        original(self, model, model_class, dataset)
+        loss_type = {**self.internal_config_dict, **self.external_config_dict}.get("loss_type")
+        if (
+            model_class.type == ModelType.SEQUENTIAL
+            and not hasattr(model_class, "input_type")
+            and loss_type == "CE"
+            and "train_neg_sample_args" not in self.external_config_dict
+        ):
+            self.internal_config_dict["train_neg_sample_args"] = None
+
+    Config._load_internal_config_dict = load_internal_config_dict
+    return "sequential models with loss_type CE need no train_neg_sample_args: ~"
+
+
 def safe_checkpoints() -> str | None:
     """Make checkpoints that stock torch.load reads with weights_only=True, its default since 2.6 (#2155, #2212).
 
-    RecBole writes pickle protocol 4, which the safe unpickler refuses, with NumPy scalars and its own classes
-    inside. The file is also written beside its destination and renamed, so a crash leaves the last good one.
+    RecBole writes pickle protocol 4, which the safe unpickler refuses, with its own classes inside. The file is also
+    written beside its destination and renamed, so a crash leaves the last good one.
+    """
+    from recbole.trainer.trainer import Trainer
+
+    torch.serialization.add_safe_globals(classes_in_checkpoints())
+    Trainer._checkpoint_state = checkpoint_state
+    Trainer._save_checkpoint = save_checkpoint
+    return f"torch {torch.__version__} loads checkpoints with weights_only=True; they are written to suit it"
+
+
+def classes_in_checkpoints() -> list[Any]:
+    """What RecBole puts in a checkpoint besides tensors and numbers.
+
+    All hold the Config and with it the class of the model; ItemKNN, EASE and the like NumPy and SciPy arrays; DIN,
+    FDSA, SASRecF and the like a layer with their data set.
     """
     import yaml
     from recbole.config import Config
+    from recbole.data import dataset, interaction
+    from recbole.model import layers
     from recbole.model.abstract_recommender import AbstractRecommender
-    from recbole.trainer.trainer import Trainer
-    from recbole.utils import EvaluatorType, InputType, ModelType
+    from recbole.sampler import sampler
+    from recbole.utils import enum_type
 
     def subclasses(cls: type) -> Iterator[type]:
         for child in cls.__subclasses__():
             yield child
             yield from subclasses(child)
 
-    # A checkpoint holds the Config, and that the class of its model.
     for package in ("general", "sequential", "context_aware", "knowledge_aware"):
         importlib.import_module(f"recbole.model.{package}_recommender")
-    torch.serialization.add_safe_globals(
-        [Config, yaml.FullLoader, EvaluatorType, InputType, ModelType, *subclasses(AbstractRecommender)]
-    )
-    Trainer._checkpoint_state = checkpoint_state
-    Trainer._save_checkpoint = save_checkpoint
-    return f"torch {torch.__version__} loads checkpoints with weights_only=True; they are written to suit it"
+    of_recbole = [
+        cls
+        for module in (dataset, interaction, layers, sampler, enum_type)
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__.startswith("recbole.")
+    ]
+    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
+    of_numpy = [multiarray._reconstruct, multiarray.scalar, np.ndarray, np.matrix, np.dtype]
+    of_numpy += [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64", "str", "object")]
+    of_scipy = [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.lil_matrix]
+    of_torch = [torch.nn.Embedding, torch.nn.ModuleList, torch.nn.ModuleDict]
+    others = [Config, yaml.FullLoader, logging.getLogger]
+    return [*subclasses(AbstractRecommender), *of_recbole, *of_numpy, *of_scipy, *of_torch, *others]
 
 
 def checkpoint_state(trainer: Any, epoch: int) -> dict[str, Any]:
-    """What RecBole stores in a checkpoint, with plain Python numbers."""
+    """What RecBole stores in a checkpoint."""
     return {
         "config": trainer.config,
         "epoch": epoch,
         "cur_step": trainer.cur_step,
-        "best_valid_score": float(trainer.best_valid_score),
+        "best_valid_score": trainer.best_valid_score,
         "state_dict": trainer.model.state_dict(),
         "other_parameter": trainer.model.other_parameter(),
         "optimizer": trainer.optimizer.state_dict(),
@@ -178,17 +278,15 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
     if not trainer.config["single_spec"] and trainer.config["local_rank"] != 0:
         return
     destination = Path(kwargs.pop("saved_model_file", trainer.saved_model_file))
-    torch.serialization.add_safe_globals([type(trainer.model)])
-    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(trainer._checkpoint_state(epoch), file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, destination)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     if verbose:
         from recbole.utils import set_color
@@ -196,15 +294,9 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
         trainer.logger.info(set_color("Saving current", "blue") + f": {destination}")
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
 def pandas_fill_nan() -> str | None:
     """Fill missing values by assignment: `frame[column].fillna(inplace=True)` does nothing on pandas 3."""
-    if not _copy_on_write():
+    if not _copies_on_write():
         return None
     from recbole.data.dataset import dataset as module
     from recbole.utils import FeatureType
@@ -239,6 +331,14 @@ def pandas_fill_nan() -> str | None:
     return f"pandas {pd.__version__} ignores fillna(inplace=True) on a column; missing values are assigned"
 
 
+def _copies_on_write() -> bool:
+    frame = pd.DataFrame({"a": [np.nan]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frame["a"].fillna(0, inplace=True)
+    return bool(frame["a"].isna().any())
+
+
 def pandas_sequence_lengths() -> str | None:
     """Keep `series.agg(len)` the length of each value: pandas 3 passes the whole series to the function.
 
@@ -247,29 +347,14 @@ def pandas_sequence_lengths() -> str | None:
     probe = pd.Series([[0, 1], [2]])
     if isinstance(probe.agg(len), pd.Series):
         return None
-    from recbole.data.dataset import dataset, sequential_dataset
+    from recbole.data.dataset import dataset, kg_dataset, sequential_dataset
 
     def length(value: Any) -> Any:
         return value.map(builtins.len) if isinstance(value, pd.Series) else builtins.len(value)
 
-    dataset.len = sequential_dataset.len = length  # a module's own global shadows the builtin it asks for
+    # a module's own global shadows the builtin it asks for
+    dataset.len = kg_dataset.len = sequential_dataset.len = length
     return f"pandas {pd.__version__} aggregates a whole series; lengths of sequence fields are taken one by one"
-
-
-def _copy_on_write() -> bool:
-    frame = pd.DataFrame({"a": [np.nan]})
-    with contextlib.suppress(Exception), _warnings_ignored():
-        frame["a"].fillna(0, inplace=True)
-    return bool(frame["a"].isna().any())
-
-
-@contextlib.contextmanager
-def _warnings_ignored() -> Iterator[None]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def download_barrier() -> str | None:
@@ -288,6 +373,17 @@ def download_barrier() -> str | None:
     return "downloads finish in a single process without a process group"
 
 
+def download_prompt() -> str | None:
+    """Download data sets above 1 GB where nobody can answer RecBole's question whether to (not reported)."""
+    from recbole.utils import url
+
+    def answer(prompt: str) -> str:
+        return input(prompt) if sys.stdin is not None and sys.stdin.isatty() else "y"
+
+    url.input = answer  # a module's own global shadows the builtin it asks for
+    return "without a terminal, data sets above 1 GB are downloaded without asking"
+
+
 def collector_keeps_counters() -> str | None:
     """Let ItemCoverage, AveragePopularity, TailPercentage and the like run (#2131, #2191, #2194).
 
@@ -303,14 +399,29 @@ def collector_keeps_counters() -> str | None:
 
 REPAIRS: list[Callable[[], str | None]] = [
     numpy_aliases,
+    plain_metrics,
+    scipy_update,
     ray_stand_in,
+    exhaustive_search,
     no_anomaly_detection,
+    cross_entropy_defaults,
     safe_checkpoints,
     pandas_fill_nan,
     pandas_sequence_lengths,
     download_barrier,
+    download_prompt,
     collector_keeps_counters,
 ]
+
+# What is wrong in RecBole -> what answers it, for registered models alone.
+ELSEWHERE: dict[str, str] = {
+    "full ranking holds [users, items] scores twice (#1866, #1887)": "ranked in chunks, eval_chunk_items",
+    "a resumed run has another data order and other random numbers (#1735, #2126)": "both are stored and restored",
+    "mixed precision is fp16 only, clips scaled gradients and waits for the GPU in each step": "amp_dtype",
+    "metrics over several GPUs count repeated rows twice": "computed over all users together",
+    "each interaction copies the user's history, in a Python loop": "histories are gathered per batch",
+    "timestamps are sorted as float32, which confuses those within 128 s": "sorted as they stand in the file",
+}
 
 
 def apply() -> None:

@@ -33,11 +33,14 @@ def run(
     Returns:
         RecBole's result: best_valid_score, valid_score_bigger, best_valid_result, test_result.
     """
-    files = list(config_file_list or [])
-    defaults = registry.dataset_defaults(dataset)
-    if model not in registry.MODELS and defaults is not None:
-        files.insert(0, str(defaults))
+    files = config_files(model, dataset, config_file_list or [])
     return recbole_quick_start.run(model, dataset, config_file_list=files, **kwargs)
+
+
+def config_files(model: str, dataset: str, files: list[str]) -> list[str]:
+    """The user's configuration files, after our defaults of the data set where RecBole's Config does not read them."""
+    defaults = registry.dataset_defaults(dataset)
+    return [str(defaults), *files] if model not in registry.MODELS and defaults is not None else list(files)
 
 
 def run_recboles(rank: int, *args: Any) -> None:

@@ -7,13 +7,14 @@ its YAML files. Nothing is written into site-packages.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
+import recbole
 import recbole.data.dataset
 import recbole.trainer
+import torch
 import yaml
 from recbole.config import Config
 from recbole.model.abstract_recommender import SequentialRecommender
@@ -30,8 +31,6 @@ PROPERTIES = next(
     if path.is_dir()
 )
 MODELS: dict[str, Path] = {}  # registered name -> YAML file of its defaults
-
-_KINDS = ("general", "context_aware", "sequential", "knowledge_aware")
 
 
 def register_model(
@@ -52,18 +51,27 @@ def register_model(
         `cls`, so that it works as a decorator.
 
     Raises:
-        ValueError: RecBole, or an earlier call, already has a model of that name.
+        ValueError: RecBole, or an earlier call, already has a model of that name; no other process could import
+            the class; there is no file of defaults.
     """
     name = cls.__name__
-    module = sys.modules[cls.__module__]
-    for kind in _KINDS:
-        path = f"recbole.model.{kind}_recommender.{name.lower()}"
-        if importlib.util.find_spec(path) is not None:
-            raise ValueError(f"model name {name!r} is taken: {path} exists; choose another class name")
-    sys.modules[f"recbole.model.sequential_recommender.{name.lower()}"] = module
+    if cls.__module__ == "__main__":
+        raise ValueError(f"model {name!r} is defined in the main script: move it to a module that can be imported")
+    alias = f"recbole.model.sequential_recommender.{name.lower()}"
+    taken = [str(file) for file in Path(recbole.__file__).parent.glob(f"model/*_recommender/{name.lower()}.py")]
+    taken += [alias] if alias in sys.modules else []
+    for package, attribute in ((recbole.data.dataset, f"{name}Dataset"), (recbole.trainer, f"{name}Trainer")):
+        taken += [f"{package.__name__}.{attribute}"] if hasattr(package, attribute) else []
+    if taken:
+        raise ValueError(f"model name {name!r} is taken: {taken[0]} exists; choose another class name")
+    defaults = Path(defaults) if defaults else PROPERTIES / "model" / f"{name}.yaml"
+    if not defaults.is_file():
+        raise ValueError(f"defaults: there is no file {str(defaults)!r} with the defaults of {name}")
+    sys.modules[alias] = sys.modules[cls.__module__]
     setattr(recbole.data.dataset, f"{name}Dataset", dataset)
     setattr(recbole.trainer, f"{name}Trainer", trainer)
-    MODELS[name] = Path(defaults) if defaults else PROPERTIES / "model" / f"{name}.yaml"
+    torch.serialization.add_safe_globals([cls])  # a checkpoint holds the Config, and that the class of its model
+    MODELS[name] = defaults
     return cls
 
 

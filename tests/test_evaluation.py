@@ -1,0 +1,205 @@
+"""Metrics of the chunked ranking against stock RecBole's, with equal weights, to the last printed digit; memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from recbole.evaluator import collector as recbole_collector
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recbole_cce import evaluation
+from recbole_cce.evaluation import auto_chunk_items, chunked_topk
+from tests.build import experiment
+from tests.conftest import write_inter
+from tests.test_data import SPLITS, ranked_rows
+
+TOP_K = ["Recall", "MRR", "NDCG", "Hit", "Precision", "MAP"]
+DIVERSITY = ["ItemCoverage", "AveragePopularity", "GiniIndex", "ShannonEntropy", "TailPercentage"]
+RANKING = {"metrics": [*TOP_K, *DIVERSITY], "topk": [1, 5, 10, 20], "valid_metric": "MRR@10", "tail_ratio": 0.8}
+
+
+class StockCollector(recbole_collector.Collector):
+    """RecBole's, without its call of .cpu() on numbers and counters: its data is on the CPU here."""
+
+    def get_data_struct(self):
+        result = recbole_collector.DataStruct()
+        result._data_dict = dict(self.data_struct._data_dict)
+        for name in ("rec.topk", "rec.meanrank", "rec.items", "rec.score", "data.label"):
+            self.data_struct._data_dict.pop(name, None)
+        return result
+
+
+@pytest.fixture(scope="module")
+def ml100k(tmp_path_factory):
+    """ml-100k with ranks as times, which RecBole's float32 tells apart; `part`: its first 150 users."""
+    header, rows = ranked_rows()
+    folder = tmp_path_factory.mktemp("data")
+    write_inter(folder, "ranked", header, rows)
+    write_inter(folder, "part", header, [row for row in rows if int(row[0]) <= 150])
+    return {
+        "data_path": str(folder),
+        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+        "gpu_id": "",
+        "state": "ERROR",
+        "show_progress": False,
+        "hidden_size": 32,
+        "inner_size": 32,
+        "MAX_ITEM_LIST_LENGTH": 6,
+        "learning_rate": 0.01,
+        "train_batch_size": 512,
+    }
+
+
+@pytest.fixture(scope="module")
+def weights(ml100k, tmp_path_factory):
+    """State dicts that rank better than chance."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("run"))
+        patch.setattr("sys.argv", ["test"])
+        for dataset in ("ranked", "part"):
+            run = experiment("SASRecCCE", ml100k, dataset)
+            for epoch in range(2):
+                run.trainer._train_epoch(run.train, epoch)
+            found[dataset] = run.model.state_dict()
+    return found
+
+
+def prepared(model, settings, weights, dataset):
+    """A run with those weights, ready to be evaluated; RecBole's SASRec with RecBole's collector."""
+    run = experiment(model, {**settings, "loss_type": "CE"} if model == "SASRec" else settings, dataset)
+    if model == "SASRec":
+        run.trainer.eval_collector = StockCollector(run.config)
+    run.model.load_state_dict(weights[dataset])
+    run.trainer.eval_collector.data_collect(run.train)
+    return run
+
+
+def evaluate(run):
+    """Metrics of the valid and of the test split, with the same NumPy random numbers each time."""
+    np.random.seed(0)
+    return [run.trainer.evaluate(split, load_best_model=False) for split in (run.valid, run.test)]
+
+
+def both(settings, weights, dataset="part"):
+    """RecBole's metrics, after a check that ours are the same."""
+    stock, ours = (evaluate(prepared(model, settings, weights, dataset)) for model in ("SASRec", "SASRecCCE"))
+    assert ours == stock
+    return stock
+
+
+def test_metrics_are_those_of_recbole(ml100k, weights):
+    settings = {**ml100k, **RANKING}
+    valid, test = stock = evaluate(prepared("SASRec", settings, weights, "ranked"))
+    assert len(valid) == 4 * len(RANKING["metrics"])
+    assert valid != test and valid["hit@10"] > 0.03 and 0 < valid["tailpercentage@10"] < 1
+    ours = prepared("SASRecCCE", settings, weights, "ranked")
+    for chunk in ("auto", 100, 841, 1683):
+        ours.config["eval_chunk_items"] = chunk
+        assert evaluate(ours) == stock, chunk
+
+
+@pytest.mark.parametrize("metrics", [["GAUC"], ["GAUC", "NDCG", "ItemCoverage"]], ids=str)
+def test_gauc_goes_through_all_scores(ml100k, weights, metrics):
+    settings = {**ml100k, "metrics": metrics, "topk": [5], "valid_metric": "GAUC", "eval_chunk_items": 100}
+    valid, _ = both(settings, weights)
+    assert 0.5 < valid["gauc"] < 1
+
+
+@pytest.mark.parametrize("split", ["ratio-by-user", "ratio-global-time"])
+def test_users_with_several_held_out_items(ml100k, weights, split):
+    settings = {**ml100k, **RANKING, **SPLITS[split], "eval_batch_size": 300, "eval_chunk_items": 100}
+    both(settings, weights)
+
+
+@pytest.mark.parametrize("mode", ["uni20", "pop10", {"valid": "uni20", "test": "full"}], ids=str)
+@pytest.mark.parametrize("split", ["leave-one-out", "ratio-by-user"])
+def test_sampled_evaluation(ml100k, weights, mode, split):
+    """The same negatives from the same random numbers; in ratio splits a user's held-out items are ranked together."""
+    args = {**SPLITS[split]["eval_args"], "mode": mode}
+    valid, test = both({**ml100k, **RANKING, "metrics": [*TOP_K, "ItemCoverage"], "eval_args": args}, weights)
+    assert valid["hit@10"] > 0.15  # among so few
+    assert test["hit@10"] > 0.15 or isinstance(mode, dict)
+
+
+@pytest.mark.parametrize("metrics", [["AUC", "LogLoss"], ["RMSE", "MAE"]], ids=str)
+def test_labeled_evaluation(ml100k, weights, metrics):
+    args = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "labeled"}
+    settings = {"metrics": metrics, "valid_metric": metrics[0], "threshold": {"rating": 4}, "eval_args": args}
+    valid, _ = both({**ml100k, **settings}, weights)
+    assert list(valid) == [metric.lower() for metric in metrics]
+
+
+# Top-k
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 101, 102, 1000])
+@pytest.mark.parametrize("padding_idx", [0, 60, 100])
+def test_chunked_topk_is_topk(chunk, padding_idx):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, 8, dtype=torch.double, generator=generator)
+    weight = torch.randn(101, 8, dtype=torch.double, generator=generator)
+    weight[padding_idx] *= 100  # it would be first or last
+    scores = hidden @ weight.T
+    scores[:, padding_idx] = -torch.inf
+    for k in (1, 10, 100):
+        assert torch.equal(chunked_topk(hidden, weight, k, chunk, padding_idx), scores.topk(k).indices)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_ties(chunk):
+    """Items are alike in fives: any of equal ones may be taken, but the scores are the best and no item comes twice."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-3, 4, (20, 8), generator=generator).double()
+    weight = torch.randint(-3, 4, (12, 8), generator=generator).double().repeat(5, 1)
+    weight = torch.cat([torch.full((1, 8), 9.0, dtype=torch.double), weight])
+    scores = hidden @ weight.T
+    scores[:, 0] = -torch.inf
+    top = chunked_topk(hidden, weight, 17, chunk)
+    assert torch.equal(scores.gather(1, top), scores.topk(17).values)
+    assert all(len(set(row)) == 17 and 0 not in row for row in top.tolist())
+    assert sorted(chunked_topk(hidden[:1] * 0, weight, 60, chunk)[0].tolist()) == list(range(1, 61))
+
+
+def test_topk_larger_than_the_catalogue(tiny_config):
+    """Reported before training, not after its first epoch."""
+    with pytest.raises(ValueError, match=r"topk: \[5, 31\] is not valid; it takes at most 30, the number of items"):
+        experiment("SASRecCCE", {**tiny_config, "topk": [5, 31]})
+    run = experiment("SASRecCCE", {**tiny_config, "topk": [5, 30]})
+    result = run.trainer.evaluate(run.test, load_best_model=False)
+    assert result["hit@30"] == 1 > result["hit@5"]
+    experiment("SASRecCCE", {**tiny_config, "topk": [31], "metrics": ["GAUC"], "valid_metric": "GAUC"})
+
+
+# Memory
+
+
+class LargestOutput(TorchDispatchMode):
+    """Remembers how many numbers the largest new tensor held."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.numel = max(self.numel, tensor.numel())
+        return output
+
+
+@pytest.mark.parametrize("chunk", [40, "auto"])
+def test_no_score_matrix(tmp_path, tiny_config, monkeypatch, chunk):
+    """600 users and 1,800 items: their scores are 1,080,000 numbers, all else is smaller than 40 items' scores."""
+    rows = [(f"u{user}", f"i{3 * user + step}", step) for user in range(600) for step in range(3)]
+    write_inter(tmp_path / "data", "wide", "user_id:token\titem_id:token\ttimestamp:float", rows)
+    limit = 600 * 40
+    monkeypatch.setattr(evaluation, "SCORE_ELEMENTS", limit)
+    assert auto_chunk_items(600) == 40
+    settings = {"MAX_ITEM_LIST_LENGTH": 2, "hidden_size": 4, "inner_size": 8, "n_heads": 1, "eval_chunk_items": chunk}
+    run = experiment("SASRecCCE", {**tiny_config, **RANKING, **settings}, "wide")
+    run.trainer.eval_collector.data_collect(run.train)
+    assert len(run.test) == 1 and run.model.n_items == 1801
+    with LargestOutput() as largest:
+        run.trainer.evaluate(run.test, load_best_model=False)
+    assert largest.numel <= limit

@@ -5,32 +5,43 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from pathlib import Path
+import os
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+KERNELS = ("sampled_cross_entropy",)  # ops that have Triton kernels
 MIN_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores
+MAX_DIM = 512  # columns whose sums still fit in the registers of a program
 
 logger = logging.getLogger(__name__)
 
 
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def triton_unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, or None where they can."""
-    if device.type != "cuda":
+    if device.type != "cuda" and not interpreted():
         return f"they need an NVIDIA GPU, the device is {device.type!r}"
     try:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"they need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, the GPU has {capability}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return f"they need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, the GPU has {capability}"
     return None
 
 
-def choose(op: str, backend: str, device: torch.device) -> str:
+@torch.compiler.assume_constant_result
+def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int) -> str:
     """ "triton" or "torch" for an op on a device. Only `auto` falls back, with one log line for each op and reason.
+
+    `auto` does not choose the interpreter, which is for tests.
 
     Raises:
         ValueError: `backend` is none of auto, triton, torch.
@@ -38,10 +49,13 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not valid; it takes one of {', '.join(BACKENDS)}")
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and interpreted()):
         return "torch"
-    has_kernel = (Path(__file__).parent / "triton" / f"{op}.py").is_file()
-    reason = triton_unavailable(device) if has_kernel else "this version has no Triton kernel for it"
+    reason = triton_unavailable(device) if op in KERNELS else "this version has no Triton kernel for it"
+    if reason is None and torch.float64 in dtypes:
+        reason = "they have no fp64"
+    if reason is None and dim > MAX_DIM:
+        reason = f"they take at most {MAX_DIM} columns, input has {dim}"
     if reason is None:
         return "triton"
     if backend == "triton":

@@ -45,6 +45,6 @@ def linear_cross_entropy(
     Source: the standard loss; without logits after Wijmans et al., Cut Your Losses, arXiv 2411.09009.
     """
     checks.check_inputs(input, weight, target, padding_idx, reduction)
-    backends.choose("linear_cross_entropy", backend, input.device)
+    backends.choose("linear_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
     loss = reference.linear_cross_entropy(input, weight, target, padding_idx)
     return checks.reduce(loss, checks.counted(target, padding_idx), reduction)

@@ -51,7 +51,7 @@ def sampled_binary_cross_entropy(
     draws = make_draws(input, weight, num_negatives, sampler, sharing, False, seed, padding_idx)
     if not 0 <= positive_weight < math.inf:
         raise ValueError(f"positive_weight: {positive_weight!r} is not valid; it takes a finite number >= 0")
-    backends.choose("sampled_binary_cross_entropy", backend, input.device)
+    backends.choose("sampled_binary_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
     loss = reference.sampled_binary_cross_entropy(input, weight, target, draws, positive_weight)
     return checks.reduce(loss, checks.counted(target, padding_idx), reduction)
 

@@ -61,8 +61,13 @@ def sampled_cross_entropy(
     """
     checks.check_inputs(input, weight, target, padding_idx, reduction)
     draws = make_draws(input, weight, num_negatives, sampler, sharing, logq_correction, seed, padding_idx)
-    backends.choose("sampled_cross_entropy", backend, input.device)
-    loss = reference.sampled_cross_entropy(input, weight, target, draws)
+    chosen = backends.choose("sampled_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
+    if chosen == "triton":
+        from recbole_cce.ops.triton import sampled_cross_entropy as kernels  # triton may be missing elsewhere
+
+        loss = kernels.sampled_cross_entropy(input, weight, target, draws)
+    else:
+        loss = reference.sampled_cross_entropy(input, weight, target, draws)
     return checks.reduce(loss, checks.counted(target, padding_idx), reduction)
 
 

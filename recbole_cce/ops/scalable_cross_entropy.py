@@ -68,7 +68,7 @@ def scalable_cross_entropy(
     for name, size in (("n_buckets", n_buckets), ("bucket_size_x", bucket_size_x), ("bucket_size_y", bucket_size_y)):
         if size != "auto":
             checks.check_count(name, size)
-    backends.choose("scalable_cross_entropy", backend, input.device)
+    backends.choose("scalable_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
 
     if generator is not None and generator.device.type != input.device.type:
         raise ValueError(f"generator: is on {generator.device}, input on {input.device}")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def candidates(weight, padding_idx):
-    mask = torch.zeros(len(weight), dtype=torch.bool)
+    mask = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
     if padding_idx is not None:
         mask[padding_idx] = True
     return mask

@@ -1,0 +1,328 @@
+"""Time and memory of the losses and of their public peers on one GPU.
+
+    python -m benchmarks.losses --published=DIR --output=DIR [--shapes=a,b] [--only=ours-tile,published] [--sweep]
+
+Forward, backward and both together: medians of CUDA events. Memory: the peak of the allocator beyond the inputs and
+beyond the gradients of both. Hidden states are bf16 and the item table is an fp32 parameter, as in training with
+autocast; peers that take no fp32 table get a bf16 one, whose copy is not counted against them, nor is the time to make
+it or to draw their negatives. The published kernel of CCE- is imported from DIR (github.com/On-Point-RND/
+MemoryEfficientSRS), cut-cross-entropy and liger-kernel where they are installed. A peer that does not fit is shown as
+out of memory.
+
+Random data: hidden states and vectors are normal with logits of standard deviation 1; targets are uniform.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from recbole_cce import ops
+from recbole_cce.ops import negatives
+
+# measured on an H100 80GB HBM3: dense bf16 products, copies, exponentials
+FLOPS, BYTES, EXPONENTIALS, L2 = 798e12, 3.0e12, 3.7e12, 50e6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N positions, V items, D columns, K negatives."""
+
+    n: int
+    v: int
+    d: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.n} x {self.v} x {self.d}, K={self.k}"
+
+
+SHAPES = {
+    "a": Shape(327_680, 173_511, 256, 511),
+    "b": Shape(131_072, 18_345, 256, 511),
+    "c": Shape(131_072, 173_511, 64, 255),
+    "d": Shape(131_072, 1_600_000, 256, 4095),
+}
+
+
+class Problem:
+    """Inputs of one shape on the GPU."""
+
+    def __init__(self, shape: Shape) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        self.shape = shape
+        self.hidden = torch.randn(shape.n, shape.d, generator=generator, device="cuda", dtype=torch.bfloat16)
+        self.weight = torch.randn(shape.v + 1, shape.d, generator=generator, device="cuda") / shape.d**0.5
+        self.target = torch.randint(1, shape.v + 1, (shape.n,), generator=generator, device="cuda")
+        self.hidden.requires_grad_(), self.weight.requires_grad_()
+
+    def in_bf16(self) -> torch.Tensor:
+        """A bf16 table in the place of the fp32 one."""
+        self.weight = self.weight.detach().bfloat16().requires_grad_()
+        return self.weight
+
+
+def ours(problem: Problem, sharing: str) -> Callable[[], torch.Tensor]:
+    """CCE- of this package."""
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return ops.sampled_cross_entropy(
+                problem.hidden,
+                problem.weight,
+                problem.target,
+                num_negatives=problem.shape.k,
+                sharing=sharing,
+                backend="triton",
+            )
+
+    return loss
+
+
+def deterministic(problem: Problem, sharing: str) -> Callable[[], torch.Tensor]:
+    """CCE- of this package, two runs bit-equal."""
+    torch.use_deterministic_algorithms(True)
+    return ours(problem, sharing)
+
+
+def torch_ce(problem: Problem) -> Callable[[], torch.Tensor]:
+    """Full cross-entropy with its logits in memory."""
+    weight = problem.in_bf16()
+    return lambda: F.cross_entropy(problem.hidden @ weight.T, problem.target)
+
+
+def torch_ce_minus(problem: Problem) -> Callable[[], torch.Tensor]:
+    """CCE- in plain torch with the vectors of all negatives in memory, each position its own."""
+    weight, shape = problem.in_bf16(), problem.shape
+    correction = torch.log(torch.tensor(shape.k / shape.v)).item()
+
+    def loss() -> torch.Tensor:
+        rows = torch.randint(1, shape.v + 1, (shape.n, shape.k), device="cuda")
+        negative = torch.einsum("nd,nkd->nk", problem.hidden, weight[rows]).float() - correction
+        negative = negative.masked_fill(rows == problem.target[:, None], -torch.inf)
+        positive = (problem.hidden * weight[problem.target]).sum(1).float()
+        return (torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive).mean()
+
+    return loss
+
+
+def import_apart(path: Path | None, name: str) -> Any:
+    """Import a module, of the folder `path` if given: two peers are packages of one name."""
+    for module in [module for module in sys.modules if module.split(".")[0] == name.split(".")[0]]:
+        del sys.modules[module]
+    sys.path[:0] = [] if path is None else [str(path)]
+    try:
+        return __import__(name, fromlist=["_"])
+    finally:
+        del sys.path[: int(path is not None)]
+
+
+def published(problem: Problem, folder: Path) -> Callable[[], torch.Tensor]:
+    """The CCE- kernel of arXiv 2509.09682; its table of negatives is drawn before."""
+    module = import_apart(folder / "kernels", "cut_cross_entropy.cce")
+    weight, shape, target = problem.in_bf16(), problem.shape, problem.target - 1
+    rows = torch.randint(0, shape.v, (shape.n, shape.k), device="cuda")
+    rows[rows == target[:, None]] = shape.v
+    rows = torch.hstack([target[:, None], rows])
+    params = module.CCEParams(target, None, None, "mean", None, 0, target.shape, False, rows)
+    return lambda: module.LinearCrossEntropyFunction.apply(problem.hidden, weight[1:], None, params)
+
+
+def apple(problem: Problem, **options: Any) -> Callable[[], torch.Tensor]:
+    """Full cross-entropy of cut-cross-entropy."""
+    module = import_apart(None, "cut_cross_entropy")
+    weight = problem.in_bf16()
+    return lambda: module.linear_cross_entropy(problem.hidden, weight, problem.target, ignore_index=0, **options)
+
+
+def liger(problem: Problem) -> Callable[[], torch.Tensor]:
+    """Full cross-entropy of liger-kernel."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    weight, function = problem.in_bf16(), LigerFusedLinearCrossEntropyLoss(ignore_index=0)
+    return lambda: function(weight, problem.hidden, problem.target)
+
+
+def implementations(folder: Path | None) -> dict[str, Callable[[Problem], Callable[[], torch.Tensor]]]:
+    """Name -> function of a problem that returns a function of nothing: the loss."""
+    found = {
+        "ours tile": lambda problem: ours(problem, "tile"),
+        "ours none": lambda problem: ours(problem, "none"),
+        "ours batch": lambda problem: ours(problem, "batch"),
+        "ours tile, deterministic": lambda problem: deterministic(problem, "tile"),
+        "ours none, deterministic": lambda problem: deterministic(problem, "none"),
+        "CE- (torch)": torch_ce_minus,
+        "CE (torch)": torch_ce,
+        "cut-cross-entropy": apple,
+        "cut-cross-entropy, unfiltered": lambda problem: apple(problem, filter_eps=None),
+        "Liger": liger,
+    }
+    return ({"published CCE-": lambda problem: published(problem, folder)} if folder else {}) | found
+
+
+def median_ms(function: Callable[[], Any], before: Callable[[], Any], seconds: float) -> float:
+    """Median time of function() alone, which before() prepares, within about so many seconds."""
+
+    def once() -> float:
+        argument = before()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function(argument)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    once()
+    first = once()
+    return statistics.median(once() for _ in range(max(3, min(50, int(1000 * seconds / max(first, 0.01))))))
+
+
+def measure(make: Callable, shape: Shape, seconds: float) -> dict[str, float | str]:
+    """Times in ms and memory in MiB of one implementation, or why there are none."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        return measure_times_and_memory(make, shape, seconds)
+    except torch.cuda.OutOfMemoryError:
+        return {"error": "out of memory"}
+    except Exception as error:  # a peer that fails is a result
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:150]}
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def measure_times_and_memory(make: Callable, shape: Shape, seconds: float) -> dict[str, float | str]:
+    """As measure(), raising what goes wrong."""
+    problem = Problem(shape)
+    loss = make(problem)
+    inputs = sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight, problem.target))
+
+    def clear(_: Any = None) -> None:
+        problem.hidden.grad = problem.weight.grad = None
+
+    def forward() -> torch.Tensor:
+        clear()
+        return loss()
+
+    forward().backward()  # compiles
+    clear()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    forward().backward()
+    peak = torch.cuda.max_memory_allocated() - inputs
+    gradients = sum(t.numel() * t.element_size() for t in (problem.hidden.grad, problem.weight.grad))
+    return {
+        "forward_ms": median_ms(lambda _: loss(), clear, seconds),
+        "backward_ms": median_ms(lambda value: value.backward(), forward, seconds),
+        "total_ms": median_ms(lambda _: loss().backward(), clear, seconds),
+        "mib_beyond_inputs": peak / 2**20,
+        "mib_beyond_gradients": (peak - gradients) / 2**20,
+    }
+
+
+def floor_ms(shape: Shape, sharing: str) -> float:
+    """Least time of forward and backward pass on an H100: four products, two exponentials a pair, and the bytes.
+
+    Bytes: hidden states twice and their gradient; the table's gradient; each pair's row gathered in fp32 twice and
+    added once where the table is larger than the L2 cache, the table once where it is not.
+    """
+    pairs = shape.n * shape.k
+    rows = pairs if sharing == "none" else negatives.num_groups(shape.n, sharing) * shape.k
+    table = shape.v * shape.d * 4
+    moved = 3 * shape.n * shape.d * 2 + table + (3 * rows * shape.d * 4 if table > L2 else 2 * table)
+    products = 8 * pairs * shape.d / FLOPS if sharing != "none" else 0
+    return 1e3 * max(products, moved / BYTES, 2 * pairs / EXPONENTIALS)
+
+
+def figure(rows: list[dict[str, Any]], axis: str, output: Path) -> None:
+    """Time and memory against K or V, both logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for name in dict.fromkeys(row["name"] for row in rows):
+        points = [row for row in rows if row["name"] == name and "total_ms" in row]
+        for ax, key in zip(axes, ("total_ms", "mib_beyond_gradients"), strict=True):
+            ax.plot([row[axis] for row in points], [max(row[key], 1e-2) for row in points], "o-", label=name)
+    for ax, title in zip(axes, ("forward + backward, ms", "peak memory beyond inputs and gradients, MiB"), strict=True):
+        ax.set(xscale="log", yscale="log", xlabel={"k": "negatives K", "v": "items V"}[axis], title=title)
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    fixed = {"k": "V", "v": "K"}[axis]
+    figure.suptitle(f"N = {rows[0]['n']}, D = {rows[0]['d']}, {fixed} = {rows[0][fixed.lower()]}, {rows[0]['gpu']}")
+    figure.tight_layout()
+    figure.savefig(output / f"losses-{axis}.png", dpi=130)
+
+
+def run(names: list[str], shapes: list[Shape], found: dict, seconds: float) -> list[dict[str, Any]]:
+    """Measure each implementation at each shape and print as it goes."""
+    rows = []
+    for shape in shapes:
+        for name in names:
+            result = measure(found[name], shape, seconds)
+            rows.append(
+                {"name": name, "n": shape.n, "v": shape.v, "d": shape.d, "k": shape.k, **result}
+                | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+            )
+            print(shape, "|", name, "|", {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()})
+            sys.stdout.flush()
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", type=Path, help="checkout of the published CCE- code")
+    parser.add_argument("--shapes", default="a,b,c,d")
+    parser.add_argument("--only", help="names of implementations, separated by ;")
+    parser.add_argument("--sweep", action="store_true", help="also sweep K and V and draw the figures")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each median")
+    parser.add_argument("--output", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    found = implementations(args.published)
+    names = args.only.split(";") if args.only else list(found)
+    rows = run(names, [SHAPES[name] for name in args.shapes.split(",") if name], found, args.seconds)
+    if args.sweep:
+        names = [name for name in names if "deterministic" not in name]
+        for axis, shapes in (
+            ("k", [Shape(65_536, 173_511, 128, k) for k in (15, 63, 255, 1023, 4095)]),
+            ("v", [Shape(65_536, v, 128, 511) for v in (10_000, 100_000, 1_000_000, 4_000_000)]),
+        ):
+            swept = run(names, shapes, found, args.seconds)
+            figure(swept, axis, args.output)
+            rows += swept
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    with open(args.output / "losses.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    print("\n| shape | implementation | forward | backward | total, ms | floor, ms | MiB beyond inputs and gradients |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        shape = Shape(row["n"], row["v"], row["d"], row["k"])
+        sharing = next((s for s in ("tile", "none", "batch") if s in row["name"].split(",")[0].split()), None)
+        floor = f"{floor_ms(shape, sharing):.2f}" if sharing else ""
+        if "error" in row:
+            print(f"| {shape} | {row['name']} | {row['error']} | | | | |")
+        else:
+            print(
+                f"| {shape} | {row['name']} | {row['forward_ms']:.2f} | {row['backward_ms']:.2f} | "
+                f"{row['total_ms']:.2f} | {floor} | {row['mib_beyond_gradients']:.1f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Drawing negatives inside a kernel: the stream and the samplers of recbole_cce.ops.negatives, bit for bit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NO_PADDING = 2**31 - 1  # stands for padding_idx=None in kernels: no row has this number
+
+
+@triton.jit
+def second(a, b):
+    return b
+
+
+@triton.jit
+def once(numbers):
+    """`numbers` [K], computed once and handed around.
+
+    The compiler would draw again for each layout that wants the numbers, and in that layout many threads hold the same
+    one. It does not do so with what a scan returns; this scan returns what it is given.
+    """
+    return tl.associative_scan(numbers, 0, second)
+
+
+@triton.jit
+def draw_rows(seed, o_draw, table_ptr, num_items, padding_idx, POPULARITY: tl.constexpr):
+    """Rows of the item table, int32, at the int64 numbers `o_draw` of the draws."""
+    word0, word1, _, _ = tl.randint4x(seed, o_draw)
+    item = tl.umulhi(word0.to(tl.uint32, bitcast=True), num_items.to(tl.uint32)).to(tl.int32)
+    if POPULARITY:
+        p_entry = table_ptr + item.to(tl.int64) * 2
+        keep = word1.to(tl.uint32, bitcast=True) < tl.load(p_entry).to(tl.uint32, bitcast=True)
+        item = tl.where(keep, item, tl.load(p_entry + 1))
+    return item + (item >= padding_idx).to(tl.int32)
+
+
+@triton.jit
+def log_k_q(log_q_ptr, rows, log_k, padding_idx, POPULARITY: tl.constexpr):
+    """log2(K q) of drawn rows. `log_k`: log2 K, or log2(K / V) for uniform draws."""
+    if POPULARITY:
+        item = rows - (rows > padding_idx).to(tl.int32)
+        return tl.load(log_q_ptr + item) * 1.4426950408889634 + log_k
+    else:
+        return tl.zeros(rows.shape, tl.float32) + log_k

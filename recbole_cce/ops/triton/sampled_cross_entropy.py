@@ -1,0 +1,750 @@
+"""CCE-: kernels in which positions share tiles of negatives, and kernels in which each position has its own.
+
+The forward pass also computes the direction of the gradient of each hidden state: d loss_i / d h_i does not depend on
+other positions, so the backward pass only scales it. It never gathers the negatives' vectors twice for it.
+Logits are in units of log 2 inside the kernels: exp2 is the instruction that the hardware has.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+import torch
+import triton
+import triton.language as tl
+
+from recbole_cce.ops.negatives import Popularity, num_groups
+from recbole_cce.ops.reference.sampled_cross_entropy import Draws
+from recbole_cce.ops.triton.negatives import NO_PADDING, draw_rows, log_k_q, once
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+own_stages = 2
+
+BUFFER_ELEMENTS = 2**23  # fp32 numbers that the deterministic path holds at a time
+
+
+@triton.jit
+def load_rows(ptr, rows, stride_row, stride_col, mask, o_d, D: tl.constexpr, DTYPE: tl.constexpr):
+    """[R, BD] rows of a matrix, rounded to DTYPE, zero past column D and where `mask` [R] is False."""
+    p = ptr + rows.to(tl.int64)[:, None] * stride_row + o_d[None, :] * stride_col
+    if o_d.shape[0] == D:
+        b = tl.load(p, mask=mask[:, None], other=0.0)
+    else:
+        b = tl.load(p, mask=mask[:, None] & (o_d < D)[None, :], other=0.0)
+    return b.to(DTYPE)
+
+
+@triton.jit
+def tile_forward_kernel(
+    h_ptr,
+    w_ptr,
+    y_ptr,
+    seed_ptr,
+    table_ptr,
+    log_q_ptr,
+    loss_ptr,
+    lse_ptr,
+    slope_ptr,
+    direction_ptr,
+    n,
+    num_groups,
+    blocks_per_group,
+    num_negatives,
+    num_items,
+    padding_idx,
+    log_k,
+    stride_hn,
+    stride_hd,
+    stride_wn,
+    stride_wd,
+    stride_y,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    POPULARITY: tl.constexpr,
+    CORRECT: tl.constexpr,
+    DIRECTION: tl.constexpr,
+):
+    """One program: BM positions of one group against all of its negatives, with an online log-sum-exp."""
+    i_group = tl.program_id(0) // blocks_per_group
+    i_block = tl.program_id(0) % blocks_per_group
+    o_d = tl.arange(0, BD)
+    o_n = (i_block * BM + tl.arange(0, BM)).to(tl.int64) * num_groups + i_group
+    m_n = o_n < n
+    b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
+    m_y = m_n & (b_y != padding_idx)
+    seed = tl.load(seed_ptr)
+
+    b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE)
+    b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_y, o_d, D, DTYPE)
+    b_own = tl.sum(b_h.to(tl.float32) * b_target.to(tl.float32), 1) * LOG2_E
+
+    # the negatives' mass is kept apart from the positive's: 1 - p then loses no digit when p is near 1
+    b_max = b_own
+    b_mass = tl.zeros([BM], tl.float32)
+    b_sum = tl.zeros([BM, BD], tl.float32)
+    first_draw = i_group.to(tl.int64) * num_negatives
+    for i_k in range(0, num_negatives, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_row = once(draw_rows(seed, first_draw + o_k, table_ptr, num_items, padding_idx, POPULARITY))
+        m_k = o_k < num_negatives
+        b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, o_d, D, DTYPE)
+        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION) * LOG2_E
+        if CORRECT:
+            b_s -= log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)[None, :]
+        b_s = tl.where((b_row[None, :] != b_y[:, None]) & m_k[None, :], b_s, -float("inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_scale = tl.exp2(b_max - b_new)
+        b_mass = b_mass * b_scale + tl.sum(b_p, 1)
+        b_max = b_new
+        if DIRECTION:
+            b_sum = tl.dot(b_p.to(DTYPE), b_w, b_sum * b_scale[:, None], input_precision=PRECISION)
+
+    b_total = b_mass + tl.exp2(b_own - b_max)
+    b_lse = b_max + tl.log2(b_total)
+    b_slope = -b_mass / b_total
+    tl.store(loss_ptr + o_n, tl.where(m_y, (b_lse - b_own) * LN_2, 0.0), mask=m_n)
+    if DIRECTION:
+        tl.store(lse_ptr + o_n, b_lse, mask=m_n)
+        tl.store(slope_ptr + o_n, tl.where(m_y, b_slope, 0.0), mask=m_n)
+        b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_y, o_d, D, DTYPE)
+        b_d = b_sum / b_total[:, None] + b_slope[:, None] * b_target.to(tl.float32)
+        p_d = direction_ptr + o_n[:, None] * D + o_d[None, :]
+        tl.store(p_d, tl.where(m_y[:, None], b_d, 0.0), mask=m_n[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def tile_weight_gradient_kernel(
+    grad_ptr,
+    unit_ptr,
+    h_ptr,
+    w_ptr,
+    y_ptr,
+    seed_ptr,
+    table_ptr,
+    log_q_ptr,
+    lse_ptr,
+    slope_ptr,
+    grad_w_ptr,
+    row_ptr,
+    first_program,
+    n,
+    num_groups,
+    blocks_per_group,
+    num_negatives,
+    num_items,
+    padding_idx,
+    log_k,
+    stride_grad,
+    stride_hn,
+    stride_hd,
+    stride_wn,
+    stride_wd,
+    stride_y,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    POPULARITY: tl.constexpr,
+    CORRECT: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """One program: what BM positions of one group give to the rows of its negatives and of their own targets.
+
+    ATOMIC: added to grad_w [V+1, D] fp32. Otherwise the negatives' shares are stored, for a sum in a fixed order:
+    grad_w is [programs, K, D], row_ptr [programs, K] gets their rows.
+    """
+    i_group = (first_program + tl.program_id(0)) // blocks_per_group
+    i_block = (first_program + tl.program_id(0)) % blocks_per_group
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    o_n = (i_block * BM + tl.arange(0, BM)).to(tl.int64) * num_groups + i_group
+    m_n = o_n < n
+    b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
+    m_y = m_n & (b_y != padding_idx)
+    seed = tl.load(seed_ptr)
+    # in units of the largest upstream gradient: 1 / N would underflow in fp16
+    unit = tl.load(unit_ptr)
+    b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_y, other=0.0).to(tl.float32) / unit
+    b_lse = tl.load(lse_ptr + o_n, mask=m_y, other=0.0)
+
+    b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE)
+    if ATOMIC:
+        b_slope = tl.load(slope_ptr + o_n, mask=m_y, other=0.0) * b_g * unit
+        p_own = grad_w_ptr + b_y[:, None] * D + o_d[None, :]
+        b_own = b_slope[:, None] * b_h.to(tl.float32)
+        tl.atomic_add(p_own, b_own, mask=m_y[:, None] & m_d[None, :], sem="relaxed")
+    first_draw = i_group.to(tl.int64) * num_negatives
+    for i_k in range(0, num_negatives, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_row = once(draw_rows(seed, first_draw + o_k, table_ptr, num_items, padding_idx, POPULARITY))
+        m_k = o_k < num_negatives
+        b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, o_d, D, DTYPE)
+        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION) * LOG2_E
+        if CORRECT:
+            b_s -= log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)[None, :]
+        b_p = tl.exp2(b_s - b_lse[:, None]) * b_g[:, None]
+        b_p = tl.where((b_row[None, :] != b_y[:, None]) & m_k[None, :], b_p, 0.0)
+        b_dw = tl.dot(tl.trans(b_p.to(DTYPE)), b_h, input_precision=PRECISION) * unit
+        if ATOMIC:
+            p_dw = grad_w_ptr + b_row.to(tl.int64)[:, None] * D + o_d[None, :]
+            tl.atomic_add(p_dw, b_dw, mask=m_k[:, None] & m_d[None, :], sem="relaxed")
+        else:
+            o_share = tl.program_id(0).to(tl.int64) * num_negatives + o_k
+            tl.store(grad_w_ptr + o_share[:, None] * D + o_d[None, :], b_dw, mask=m_k[:, None] & m_d[None, :])
+            tl.store(row_ptr + o_share, b_row.to(tl.int64), mask=m_k)
+
+
+@triton.jit
+def own_forward_kernel(
+    h_ptr,
+    w_ptr,
+    y_ptr,
+    seed_ptr,
+    table_ptr,
+    log_q_ptr,
+    loss_ptr,
+    lse_ptr,
+    slope_ptr,
+    direction_ptr,
+    num_negatives,
+    num_items,
+    padding_idx,
+    log_k,
+    stride_hn,
+    stride_hd,
+    stride_wn,
+    stride_wd,
+    stride_y,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POPULARITY: tl.constexpr,
+    CORRECT: tl.constexpr,
+    DIRECTION: tl.constexpr,
+):
+    """One program: one position against its own negatives, which no other position sees."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    y = tl.load(y_ptr + i_n * stride_y)
+    seed = tl.load(seed_ptr)
+    b_h = tl.load(h_ptr + i_n * stride_hn + o_d * stride_hd, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+    p_target = w_ptr + y * stride_wn + o_d * stride_wd
+    own = tl.sum(b_h * tl.load(p_target, mask=m_d, other=0.0).to(DTYPE).to(tl.float32), 0) * LOG2_E
+
+    largest = own
+    mass = 0.0
+    b_sum = tl.zeros([BK, BD], tl.float32)  # a sum of its rows is taken once, at the end
+    num_draws = tl.where(y == padding_idx, 0, num_negatives)  # an ignored row costs nothing
+    for i_k in range(0, num_draws, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_row = once(draw_rows(seed, i_n * num_negatives + o_k, table_ptr, num_items, padding_idx, POPULARITY))
+        m_k = (o_k < num_negatives) & (b_row != y)
+        b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, o_d, D, DTYPE).to(tl.float32)
+        b_s = tl.sum(b_w * b_h[None, :], 1) * LOG2_E
+        if CORRECT:
+            b_s -= log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)
+        b_s = tl.where(m_k, b_s, -float("inf"))
+        new = tl.maximum(largest, tl.max(b_s, 0))
+        b_p = tl.exp2(b_s - new)
+        scale = tl.exp2(largest - new)
+        mass = mass * scale + tl.sum(b_p, 0)
+        largest = new
+        if DIRECTION:
+            b_sum = b_sum * scale + b_p[:, None] * b_w
+
+    total = mass + tl.exp2(own - largest)
+    lse = largest + tl.log2(total)
+    slope = -mass / total
+    tl.store(loss_ptr + i_n, tl.where(y == padding_idx, 0.0, (lse - own) * LN_2))
+    tl.store(lse_ptr + i_n, lse)
+    tl.store(slope_ptr + i_n, slope)
+    if DIRECTION:
+        b_target = tl.load(p_target, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+        b_d = tl.sum(b_sum, 0) / total + slope * b_target
+        tl.store(direction_ptr + i_n * D + o_d, b_d, mask=m_d)
+
+
+@triton.jit
+def pair_kernel(
+    y_ptr,
+    seed_ptr,
+    table_ptr,
+    out_ptr,
+    order_ptr,
+    first,
+    last,
+    num_negatives,
+    num_items,
+    padding_idx,
+    stride_y,
+    BLOCK: tl.constexpr,
+    POPULARITY: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """The pairs (position, row) of positions first..last-1: K draws each, then the target as pair K.
+
+    MODE "count": out[row] += 1. MODE "place": out[row] is the next free slot of the row, order[slot] gets the
+    position, counted from `first`, or its complement for the target. MODE "rows": out[pair] = row, or the number of
+    rows of the table for a pair that counts for nothing: of an ignored position, or a draw of its target.
+    """
+    o_pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_i = o_pair // (num_negatives + 1)
+    o_k = o_pair % (num_negatives + 1)
+    o_n = first + o_i
+    m_n = o_n < last
+    b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
+    seed = tl.load(seed_ptr)
+    b_row = draw_rows(seed, o_n * num_negatives + o_k, table_ptr, num_items, padding_idx, POPULARITY).to(tl.int64)
+    m_own = o_k == num_negatives
+    m_pair = m_n & (b_y != padding_idx) & (m_own | (b_row != b_y))
+    b_row = tl.where(m_own, b_y, b_row)
+    if MODE == "count":
+        tl.atomic_add(out_ptr + b_row, 1, mask=m_pair, sem="relaxed")
+    elif MODE == "place":
+        o_slot = tl.atomic_add(out_ptr + b_row, 1, mask=m_pair, sem="relaxed")
+        b_i = o_i.to(tl.int32)
+        tl.store(order_ptr + o_slot, tl.where(m_own, ~b_i, b_i), mask=m_pair)
+    else:
+        num_rows = num_items + (padding_idx < num_items + 1).to(tl.int32)
+        tl.store(out_ptr + o_pair, tl.where(m_pair, b_row, num_rows).to(tl.int32), mask=m_n)
+
+
+@triton.jit
+def run_weight_gradient_kernel(
+    grad_ptr,
+    h_ptr,
+    w_ptr,
+    log_q_ptr,
+    lse_ptr,
+    slope_ptr,
+    order_ptr,
+    start_ptr,
+    end_ptr,
+    grad_w_ptr,
+    first,
+    padding_idx,
+    log_k,
+    stride_grad,
+    stride_hn,
+    stride_hd,
+    stride_wn,
+    stride_wd,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POPULARITY: tl.constexpr,
+    CORRECT: tl.constexpr,
+):
+    """One program: what the positions that a row of the table is paired with give to it, without atomics."""
+    i_row = tl.program_id(0)
+    start = tl.load(start_ptr + i_row)
+    end = tl.load(end_ptr + i_row)
+    if start < end:
+        o_d = tl.arange(0, BD)
+        m_d = o_d < D
+        p_w = w_ptr + i_row.to(tl.int64) * stride_wn + o_d * stride_wd
+        b_w = tl.load(p_w, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+        b_sum = tl.zeros([BP, BD], tl.float32)
+        for i_p in range(start, end, BP):
+            o_p = i_p + tl.arange(0, BP)
+            m_p = o_p < end
+            b_i = tl.load(order_ptr + o_p, mask=m_p, other=0)
+            m_own = b_i < 0
+            o_n = first + tl.where(m_own, ~b_i, b_i).to(tl.int64)
+            b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_p, o_d, D, DTYPE).to(tl.float32)
+            b_s = tl.sum(b_h * b_w[None, :], 1) * LOG2_E
+            if CORRECT:
+                b_s -= log_k_q(log_q_ptr, tl.zeros([BP], tl.int32) + i_row, log_k, padding_idx, POPULARITY)
+            b_lse = tl.load(lse_ptr + o_n, mask=m_p, other=0.0)
+            b_slope = tl.load(slope_ptr + o_n, mask=m_p, other=0.0)
+            b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_p, other=0.0).to(tl.float32)
+            b_c = tl.where(m_p, tl.where(m_own, b_slope, tl.exp2(b_s - b_lse)) * b_g, 0.0)
+            b_sum += b_c[:, None] * b_h
+        p_dw = grad_w_ptr + i_row.to(tl.int64) * D + o_d
+        b_dw = tl.load(p_dw, mask=m_d, other=0.0) + tl.sum(b_sum, 0)
+        tl.store(p_dw, b_dw, mask=m_d)
+
+
+# Launchers
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Shape of a program of the tile kernels."""
+
+    positions: int
+    negatives: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int) -> Blocks:
+    """The largest blocks, in order of preference, whose tiles fit in shared memory.
+
+    Args:
+        depth: positions that share a draw.
+        dim: D.
+        itemsize: bytes of a number in the products, 2 or 4.
+        shared_memory: bytes a program can have.
+    """
+    width = padded(dim)
+    if itemsize == 4:  # products without tensor cores keep their operands in registers: small tiles
+        blocks = Blocks(16 if width > 256 else 32, 16 if width > 256 else 32, 4, 2)
+        return replace(blocks, positions=min(blocks.positions, padded(depth)))
+    warps = 4 if width <= 64 else 8
+    for positions, negatives, stages in ((128, 64, 3), (128, 64, 2), (128, 32, 3), (128, 32, 2), (64, 32, 2)):
+        # the accumulator [positions, width] must fit in 128 registers a thread
+        if positions * width > 128 * 256:
+            continue
+        # hidden states, vectors as they arrive (fp32), vectors in 16 bits, probabilities
+        tiles = positions * width * 2 + negatives * width * (4 * (stages - 1) + 2) + positions * negatives * 2
+        if tiles <= shared_memory:
+            break
+    else:
+        positions, negatives, stages = 32, 16, 1
+    return Blocks(min(positions, padded(depth)), negatives, warps, stages)
+
+
+def padded(size: int) -> int:
+    """The next power of two, 16 at least: what blocks and products take."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have."""
+    if device.type != "cuda":
+        return 2**17  # the interpreter
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def precision() -> str:
+    """Products of fp32 inputs are exact in fp32 unless torch's matmul precision allows tf32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def sampled_cross_entropy(
+    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws
+) -> torch.Tensor:
+    """[N] losses, zero where target == padding_idx; see ops.sampled_cross_entropy."""
+    seed = draws.seed
+    if not isinstance(seed, torch.Tensor):
+        seed = torch.full((), seed, dtype=torch.int64, device=input.device)
+    popularity = isinstance(draws.sampler, Popularity)
+    return forward(
+        input,
+        weight,
+        target,
+        seed,
+        draws.sampler.table if popularity else None,
+        draws.sampler.log_probability if popularity else None,
+        draws.num_negatives,
+        draws.sharing,
+        draws.logq_correction,
+        draws.padding_idx,
+        draws.rounding or torch.promote_types(input.dtype, weight.dtype),
+        torch.is_grad_enabled() and input.requires_grad,
+    )[0]
+
+
+@torch.library.custom_op("recbole_cce::sampled_cross_entropy", mutates_args=())
+def forward(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    seed: torch.Tensor,
+    table: Optional[torch.Tensor],
+    log_probability: Optional[torch.Tensor],
+    num_negatives: int,
+    sharing: str,
+    logq_correction: bool,
+    padding_idx: Optional[int],
+    dtype: torch.dtype,
+    with_direction: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss [N]; log-sum-exp [N]; slope [N] = d loss / d own logit; direction [N, D] = d loss_i / d input_i, or [0]."""
+    n, dim = input.shape
+    loss, lse, slope = (torch.empty(n, dtype=torch.float32, device=input.device) for _ in range(3))
+    direction = torch.empty(input.shape if with_direction else 0, dtype=input.dtype, device=input.device)
+    if n == 0:
+        return loss, lse, slope, direction
+    kernel_options = {
+        "h_ptr": input,
+        "w_ptr": weight,
+        "y_ptr": target,
+        "seed_ptr": seed,
+        "table_ptr": table,
+        "loss_ptr": loss,
+        "lse_ptr": lse,
+        "slope_ptr": slope,
+        "direction_ptr": direction,
+        "num_negatives": num_negatives,
+        "stride_y": target.stride(0),
+        "DIRECTION": with_direction,
+        **common_options(input, weight, log_probability, num_negatives, logq_correction, padding_idx, dtype),
+    }
+    if sharing == "none":
+        draws, num_warps = own_blocks(dim)
+        own_forward_kernel[(n,)](**kernel_options, BK=draws, num_warps=num_warps, num_stages=own_stages)
+    else:
+        options, programs = tile_options(n, dim, sharing, dtype, input.device)
+        tile_forward_kernel[(programs,)](**kernel_options, **options)
+    return loss, lse, slope, direction
+
+
+@forward.register_fake
+def _(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    seed: torch.Tensor,
+    table: torch.Tensor | None,
+    log_probability: torch.Tensor | None,
+    num_negatives: int,
+    sharing: str,
+    logq_correction: bool,
+    padding_idx: int | None,
+    dtype: torch.dtype,
+    with_direction: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss, lse, slope = (input.new_empty(len(input), dtype=torch.float32) for _ in range(3))
+    return loss, lse, slope, input.new_empty(input.shape if with_direction else 0)
+
+
+@torch.library.custom_op("recbole_cce::sampled_cross_entropy_weight_gradient", mutates_args=())
+def weight_gradient(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    seed: torch.Tensor,
+    table: Optional[torch.Tensor],
+    log_probability: Optional[torch.Tensor],
+    lse: torch.Tensor,
+    slope: torch.Tensor,
+    num_negatives: int,
+    sharing: str,
+    logq_correction: bool,
+    padding_idx: Optional[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """d loss / d weight [V+1, D], given `grad` [N] = d loss / d loss_i."""
+    n, dim = input.shape
+    # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
+    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    if n == 0:
+        return grad_weight.to(weight.dtype)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    drawing = {
+        "y_ptr": target,
+        "seed_ptr": seed,
+        "table_ptr": table,
+        "num_negatives": num_negatives,
+        "stride_y": target.stride(0),
+    }
+    common = {
+        "grad_ptr": grad,
+        "h_ptr": input,
+        "w_ptr": weight,
+        "lse_ptr": lse,
+        "slope_ptr": slope,
+        "stride_grad": grad.stride(0),
+        **common_options(input, weight, log_probability, num_negatives, logq_correction, padding_idx, dtype),
+    }
+    if sharing == "none":
+        own_weight_gradient(grad_weight, n, drawing, common, deterministic)
+    else:
+        options, programs = tile_options(n, dim, sharing, dtype, input.device)
+        unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        options |= {"unit_ptr": unit, **drawing, **common}
+        if not deterministic:
+            tile_weight_gradient_kernel[(programs,)](
+                **options, grad_w_ptr=grad_weight, row_ptr=None, first_program=0, ATOMIC=True
+            )
+        else:
+            tile_weight_gradient_in_order(grad_weight, programs, options)
+            own_slope = (slope * grad)[:, None]
+            for rows in torch.arange(n, device=input.device).split(max(1, BUFFER_ELEMENTS // dim)):
+                shares = own_slope[rows] * input[rows].to(dtype).float()
+                grad_weight.index_put_((target[rows],), shares, accumulate=True)
+    return grad_weight.to(weight.dtype)
+
+
+def tile_weight_gradient_in_order(grad_weight: torch.Tensor, programs: int, options: dict[str, Any]) -> None:
+    """Add the negatives' shares in a fixed order: index_put_ sorts them where algorithms must be deterministic."""
+    num_negatives, dim = options["num_negatives"], grad_weight.size(1)
+    step = max(1, BUFFER_ELEMENTS // (num_negatives * dim))
+    for first in range(0, programs, step):
+        count = min(step, programs - first)
+        shares = torch.empty(count * num_negatives, dim, dtype=torch.float32, device=grad_weight.device)
+        rows = torch.empty(count * num_negatives, dtype=torch.int64, device=grad_weight.device)
+        tile_weight_gradient_kernel[(count,)](
+            **options, grad_w_ptr=shares, row_ptr=rows, first_program=first, ATOMIC=False
+        )
+        grad_weight.index_put_((rows,), shares, accumulate=True)
+
+
+def own_weight_gradient(
+    grad_weight: torch.Tensor, n: int, drawing: dict[str, Any], common: dict[str, Any], deterministic: bool
+) -> None:
+    """Sort the pairs of position and row by row, some positions at a time, and let one program sum up each row.
+
+    Atomics on [V+1, D] would cost several times as much: a row comes up K N / V times, each time in another place.
+    """
+    num_rows, dim = grad_weight.shape
+    num_negatives = drawing["num_negatives"]
+    drawing |= {name: common[name] for name in ("num_items", "padding_idx", "POPULARITY")}
+    options = {name: value for name, value in common.items() if name not in ("num_negatives", "num_items")}
+    block, num_warps = run_blocks(dim)
+    # enough for long runs, while the hidden states of these positions stay in the L2 cache
+    pairs = min(max(16 * num_rows, 2**22), 2**25)
+    step = max(1, pairs // (num_negatives + 1))
+    for first in range(0, n, step):
+        last = min(n, first + step)
+        pairs = (last - first) * (num_negatives + 1)
+        drawing |= {"first": first, "last": last, "BLOCK": 1024}
+        order = torch.empty(pairs, dtype=torch.int32, device=grad_weight.device)
+        if deterministic:
+            rows = torch.empty_like(order)
+            pair_kernel[(triton.cdiv(pairs, 1024),)](**drawing, out_ptr=rows, order_ptr=None, MODE="rows")
+            rows, index = rows.sort(stable=True)
+            bounds = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
+            bounds = torch.searchsorted(rows, bounds, out_int32=True)
+            start, end = bounds[:-1], bounds[1:]
+            position = index // (num_negatives + 1)
+            order = torch.where(index % (num_negatives + 1) == num_negatives, ~position, position).int()
+        else:
+            count = torch.zeros(num_rows, dtype=torch.int32, device=order.device)
+            pair_kernel[(triton.cdiv(pairs, 1024),)](**drawing, out_ptr=count, order_ptr=None, MODE="count")
+            end = count.cumsum(0, dtype=torch.int32)
+            start = end - count
+            free = start.clone()
+            pair_kernel[(triton.cdiv(pairs, 1024),)](**drawing, out_ptr=free, order_ptr=order, MODE="place")
+        run_weight_gradient_kernel[(num_rows,)](
+            **options,
+            order_ptr=order,
+            start_ptr=start,
+            end_ptr=end,
+            grad_w_ptr=grad_weight,
+            first=first,
+            BP=block,
+            num_warps=num_warps,
+        )
+
+
+@weight_gradient.register_fake
+def _(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    seed: torch.Tensor,
+    table: torch.Tensor | None,
+    log_probability: torch.Tensor | None,
+    lse: torch.Tensor,
+    slope: torch.Tensor,
+    num_negatives: int,
+    sharing: str,
+    logq_correction: bool,
+    padding_idx: int | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keep what the gradients need; the direction becomes the gradient of the input in its own memory."""
+    *tensors, ctx.num_negatives, ctx.sharing, ctx.logq_correction, ctx.padding_idx, ctx.dtype, _ = inputs
+    _, lse, slope, ctx.direction = output
+    ctx.mark_non_differentiable(lse, slope, ctx.direction)
+    ctx.save_for_backward(*tensors, lse, slope)
+
+
+def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
+    """Scale the directions; sum up the rows of the table."""
+    *tensors, lse, slope = ctx.saved_tensors
+    options = (ctx.num_negatives, ctx.sharing, ctx.logq_correction, ctx.padding_idx, ctx.dtype)
+    grad_input = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        if ctx.direction is None:  # a second backward pass through the same graph
+            ctx.direction = forward(*tensors, *options, True)[3]
+        grad_input, ctx.direction = ctx.direction.mul_(grad[:, None]), None
+    if ctx.needs_input_grad[1]:
+        grad_weight = weight_gradient(grad, *tensors, lse, slope, *options)
+    return grad_input, grad_weight, *[None] * 10
+
+
+forward.register_autograd(backward, setup_context=setup_context)
+
+
+def common_options(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    log_probability: torch.Tensor | None,
+    num_negatives: int,
+    logq_correction: bool,
+    padding_idx: int | None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Arguments of the kernels that compute logits."""
+    num_items = len(weight) - (padding_idx is not None)
+    popularity = log_probability is not None
+    return {
+        "log_q_ptr": log_probability,
+        "num_items": num_items,
+        "padding_idx": NO_PADDING if padding_idx is None else padding_idx,
+        "log_k": math.log2(num_negatives) - (0 if popularity else math.log2(num_items)),
+        "stride_hn": input.stride(0),
+        "stride_hd": input.stride(1),
+        "stride_wn": weight.stride(0),
+        "stride_wd": weight.stride(1),
+        "D": weight.size(1),
+        "BD": padded(weight.size(1)),
+        "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+        "POPULARITY": popularity,
+        "CORRECT": logq_correction,
+    }
+
+
+def tile_options(
+    n: int, dim: int, sharing: str, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Any], int]:
+    """Arguments that the tile kernels share, and the number of programs."""
+    groups = num_groups(n, sharing)
+    depth = triton.cdiv(n, groups)
+    blocks = tile_blocks(depth, dim, dtype.itemsize, shared_memory(device))
+    blocks_per_group = triton.cdiv(depth, blocks.positions)
+    return {
+        "n": n,
+        "num_groups": groups,
+        "blocks_per_group": blocks_per_group,
+        "BM": blocks.positions,
+        "BK": blocks.negatives,
+        "PRECISION": precision(),
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }, groups * blocks_per_group
+
+
+def own_blocks(dim: int) -> tuple[int, int]:
+    """Draws at a time and warps of the kernel in which each position has its own negatives."""
+    width = padded(dim)
+    draws = max(16, min(64, 8192 // width))
+    return draws, max(1, draws * width // 2048)
+
+
+def run_blocks(dim: int) -> tuple[int, int]:
+    """Positions at a time and warps of the kernel that sums up a row of the table."""
+    return 16, max(1, padded(dim) // 64)

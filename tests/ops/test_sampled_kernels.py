@@ -1,0 +1,359 @@
+"""The Triton kernels of CCE-: the same negatives as the formula, within its error; every way they are used.
+
+On a GPU all combinations run. Without one, a few run in Triton's interpreter, and the kernels are compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from recbole_cce import ops
+from recbole_cce.ops import negatives
+from tests.ops import naive
+from tests.ops.problems import SEED, Sampling, check, problem
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHARINGS = ["tile", "none", "batch"]
+needs_gpu = pytest.mark.cuda
+
+
+def check_kernels(
+    n=300, v=53, d=12, k=9, sharing="tile", dtype=torch.float32, popularity=False, correct=True, padding_idx=0, **kwargs
+):
+    """backend="triton" against the formula, at the error budget of the formula in the same dtype."""
+    hidden, weight, target = problem(n, v, d, dtype=dtype, padding_idx=padding_idx, **kwargs)
+    way = Sampling(n, weight, k, sharing, popularity, correct, padding_idx)
+    check(
+        lambda h, w: ops.sampled_cross_entropy(
+            h, w, target, logq_correction=correct, reduction="none", backend="triton", **way.kwargs
+        ),
+        lambda h, w: naive.sampled(h, w, target, way.drawn, way.correction.to(h.dtype)),
+        hidden,
+        weight,
+        target,
+        padding_idx,
+    )
+
+
+# Without a GPU
+
+
+def run_python(program: str, **environment: str) -> str:
+    """Run a program in a process of its own: Triton chooses its interpreter when it is imported."""
+    path = os.path.join(os.getcwd(), "program.py")
+    with open(path, "w") as file:
+        file.write(textwrap.dedent(program))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    result = subprocess.run(
+        [sys.executable, path],
+        env={**os.environ, "PYTHONPATH": root, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_python(
+        """
+        import torch
+        from tests.ops.test_sampled_kernels import check_kernels
+
+        for sharing in ("tile", "none", "batch"):
+            n = 20 if sharing == "none" else 150
+            check_kernels(n=n, sharing=sharing)
+            check_kernels(n=n, sharing=sharing, popularity=True, padding_idx=5, d=20)
+            check_kernels(n=n, sharing=sharing, dtype=torch.float16, v=3, k=33, correct=False, padding_idx=None)
+            torch.use_deterministic_algorithms(True)
+            check_kernels(n=n, sharing=sharing, popularity=True)
+            torch.use_deterministic_algorithms(False)
+        """,
+        TRITON_INTERPRET="1",
+    )
+
+
+POINTERS = {
+    "h_ptr": "*bf16", "w_ptr": "*fp32", "y_ptr": "*i64", "seed_ptr": "*i64", "table_ptr": "*i32", "log_q_ptr": "*fp32",
+    "loss_ptr": "*fp32", "lse_ptr": "*fp32", "slope_ptr": "*fp32", "direction_ptr": "*bf16", "grad_ptr": "*fp32",
+    "unit_ptr": "*fp32", "grad_w_ptr": "*fp32", "row_ptr": "*i64", "out_ptr": "*i32", "order_ptr": "*i32",
+    "start_ptr": "*i32", "end_ptr": "*i32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient", "own_forward", "pair", "run_weight_gradient"])
+def test_kernels_compile(name, capability):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
+
+    bf16 = triton.language.bfloat16
+    constants = {
+        "D": 48, "BD": 64, "BM": 64, "BK": 32, "BP": 16, "BLOCK": 256, "DTYPE": bf16, "PRECISION": "ieee",
+        "POPULARITY": True, "CORRECT": True, "DIRECTION": True, "ATOMIC": True, "MODE": "place",
+    }  # fmt: skip
+    kernel = getattr(kernels, f"{name}_kernel")
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else POINTERS.get(argument, "fp32" if argument == "log_k" else "i32")
+        for argument in kernel.arg_names
+    }
+    constexprs = {(i,): constants[a] for i, a in enumerate(kernel.arg_names) if a in constants}
+    source = ASTSource(kernel, signature, constexprs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert compiled.asm["cubin"]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shared_memory", [101376, 166912, 232448], ids=["sm_86", "sm_80", "sm_90"])
+def test_blocks_fit_the_chip(itemsize, shared_memory):
+    pytest.importorskip("triton")
+    from recbole_cce.ops.triton.sampled_cross_entropy import own_blocks, padded, tile_blocks
+
+    for dim in (8, 50, 64, 100, 128, 256, 300, 512):
+        for depth in (1, 20, 128, 100_000):
+            blocks = tile_blocks(depth, dim, itemsize, shared_memory)
+            width = padded(dim)
+            assert min(16, blocks.positions, blocks.negatives) == 16
+            assert blocks.positions < 2 * max(16, depth)
+            operands = (blocks.positions + blocks.negatives) * width * itemsize
+            assert operands + blocks.negatives * width * 4 * (blocks.num_stages - 1) <= shared_memory
+            sums = blocks.positions * width / (32 * blocks.num_warps)
+            assert sums <= 128  # fp32 registers of a thread, of 255
+        draws, num_warps = own_blocks(dim)
+        assert draws >= 16 and draws * padded(dim) / (32 * num_warps) <= 64
+
+
+# On a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("popularity", [False, True], ids=["uniform", "popularity"])
+@pytest.mark.parametrize("correct", [True, False], ids=["corrected", "plain"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+def test_kernels(dtype, sharing, popularity, correct, deterministic):
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check_kernels(
+            n=1000, v=701, d=64, k=77, sharing=sharing, dtype=dtype, popularity=popularity, correct=correct,
+            device="cuda",
+        )  # fmt: skip
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("scale", [0.05, 1.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("d", [8, 24, 100, 128, 256, 512])
+def test_dimensions(dtype, sharing, scale, d):
+    check_kernels(n=517, v=300, d=d, k=130, sharing=sharing, dtype=dtype, scale=scale / d**0.25, device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize(("n", "v", "k"), [(1, 1, 1), (1, 5, 300), (37, 2, 64), (129, 3, 1), (640, 20_000, 511)])
+@pytest.mark.parametrize("padding_idx", [0, 1, None])
+def test_sizes(sharing, n, v, k, padding_idx):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_kernels(n=n, v=v, k=k, sharing=sharing, dtype=dtype, padding_idx=padding_idx, device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_many_negatives(sharing):
+    check_kernels(n=9, v=5000, d=16, k=65_536, sharing=sharing, device="cuda")
+
+
+def call(hidden, weight, target, **kwargs):
+    options = {"num_negatives": 40, "seed": SEED, "backend": "triton", **kwargs}
+    return ops.sampled_cross_entropy(hidden, weight, target, **options)
+
+
+def gradients(*args, **kwargs):
+    hidden, weight, target = args
+    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    loss = call(hidden, weight, target, **kwargs)
+    loss.sum().backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def assert_close(ours, truth, tolerance=2e-6):
+    for one, two in zip(ours, truth, strict=True):
+        assert (one.double() - two.double()).norm() <= tolerance * (1 + two.double().norm())
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions(sharing, reduction):
+    args = problem(n=400, device="cuda")
+    assert_close(
+        gradients(*args, sharing=sharing, reduction=reduction),
+        gradients(*args, sharing=sharing, reduction=reduction, backend="torch"),
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_strides_and_empty_input(sharing):
+    hidden, weight, target = problem(n=300, device="cuda")
+    wide = torch.zeros(300, 24, device="cuda")
+    wide[:, ::2] = hidden
+    expected = call(hidden, weight, target, sharing=sharing)
+    tall = weight.T.contiguous().T
+    assert call(wide[:, ::2], tall, target.repeat_interleave(2)[::2], sharing=sharing) == expected
+    loss, grad_hidden, grad_weight = gradients(hidden[:0], weight, target[:0], sharing=sharing)
+    assert loss == 0 and grad_hidden.shape == (0, 12) and (grad_weight == 0).all()
+    assert call(hidden, weight, torch.zeros_like(target), sharing=sharing) == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_runs_are_bit_equal(sharing, dtype):
+    args = problem(n=3000, v=40, d=64, dtype=dtype, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, two = (gradients(*args, sharing=sharing) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_autocast_rounds_rows_and_keeps_gradients_in_fp32(sharing):
+    hidden, weight, target = problem(n=300, d=64, device="cuda")
+    rounded = gradients(hidden.bfloat16().float(), weight.bfloat16().float(), target, sharing=sharing)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        ours = gradients(hidden, weight, target, sharing=sharing)
+    assert [tensor.dtype for tensor in ours] == [torch.float32] * 3
+    assert_close(ours[:1], rounded[:1])
+    assert_close(ours, rounded, tolerance=5e-3)  # probabilities are rounded to bf16 before the products
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_second_backward_accumulation_and_checkpoint(sharing):
+    hidden, weight, target = problem(n=300, device="cuda")
+    expected = gradients(hidden, weight, target, sharing=sharing)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = call(h, w, target, sharing=sharing)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    call(h, w, target, sharing=sharing).backward()
+    assert_close((loss.detach(), h.grad / 3, w.grad / 3), expected)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = torch.utils.checkpoint.checkpoint(lambda h: call(h, w, target, sharing=sharing), h, use_reentrant=False)
+    loss.backward()
+    assert_close((loss.detach(), h.grad, w.grad), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_only_the_gradients_asked_for(sharing):
+    hidden, weight, target = problem(n=300, device="cuda")
+    _, grad_hidden, grad_weight = gradients(hidden, weight, target, sharing=sharing)
+    for h, w in ((hidden.clone().requires_grad_(), weight), (hidden, weight.clone().requires_grad_())):
+        call(h, w, target, sharing=sharing).backward()
+        assert_close([h.grad if h.requires_grad else w.grad], [grad_hidden if h.requires_grad else grad_weight])
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_compiled_without_graph_break(sharing):
+    hidden, weight, target = problem(n=300, device="cuda")
+
+    def step(h, w):
+        return call(torch.tanh(h), w, target, sharing=sharing) * 2
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = function(h, w)
+        loss.backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    assert_close(*results)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_captured_in_a_graph(sharing):
+    """Each replay draws anew, as the seed tensor says."""
+    hidden, weight, target = problem(n=300, device="cuda")
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def step():
+        h.grad = w.grad = None
+        loss = call(h, w, target, sharing=sharing, seed=seed)
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    h.grad = w.grad = None
+    with torch.cuda.graph(graph):
+        loss = step()
+    for number in (5, SEED):
+        seed.fill_(number)
+        graph.replay()
+        assert_close((loss.detach(), h.grad, w.grad), gradients(hidden, weight, target, sharing=sharing, seed=number))
+
+
+@needs_gpu
+def test_table_beyond_32_bits():
+    """V * D > 2^31: items at the far end of the table are drawn, read and written."""
+    v, d = 2**31 // 256 + 10_000, 256
+    weight = torch.zeros(v + 1, d, device="cuda", dtype=torch.bfloat16)
+    weight[-20_000:].normal_()
+    hidden = torch.randn(640, d, device="cuda", dtype=torch.bfloat16) / 16
+    target = torch.arange(v - 639, v + 1, device="cuda")
+    weight.requires_grad_()
+    for sharing in SHARINGS:
+        weight.grad = None
+        groups = torch.arange(640, device="cuda") % negatives.num_groups(640, sharing)
+        way = negatives.draw_negatives(ops.Uniform(), SEED, groups, 2000, v + 1, 0)
+        loss = call(hidden, weight, target, sharing=sharing, num_negatives=2000, reduction="none")
+        rows = weight.detach()[way].double()
+        scores = torch.einsum("nd,nkd->nk", hidden.double(), rows) - torch.log(
+            torch.tensor(2000 / v, dtype=torch.double)
+        )
+        own = (hidden.double() * weight.detach()[target].double()).sum(1)
+        scores = scores.masked_fill(way == target[:, None], -torch.inf)
+        truth = torch.cat([own[:, None], scores], 1).logsumexp(1) - own
+        assert_close([loss.detach()], [truth])
+        loss.sum().backward()
+        assert (weight.grad[target].norm(dim=1) > 0).all() and weight.grad.isfinite().all()
+
+
+@needs_gpu
+def test_draws_beyond_32_bits():
+    """N * K > 2^31: the last positions draw what the stream says."""
+    n, v, k = 70_000, 1000, 32_768
+    hidden, weight, target = problem(n=n, v=v, d=8, device="cuda")
+    loss = call(hidden, weight, target, sharing="none", num_negatives=k, reduction="none")
+    last = torch.arange(n - 50, n, device="cuda")
+    drawn = negatives.draw_negatives(ops.Uniform(), SEED, last, k, v + 1, 0)
+    correction = torch.log(torch.tensor(k / v, dtype=torch.double))
+    truth = naive.sampled(hidden[last].double(), weight.double(), target[last], drawn, correction)
+    assert_close([loss[last]], [torch.where(target[last] != 0, truth, 0)])

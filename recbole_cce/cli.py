@@ -65,13 +65,13 @@ def keys_help() -> str:
     )
 
 
-def main() -> dict[str, Any] | None:
-    """Run what sys.argv asks for and return RecBole's result; a mistake of the user's is one line and exit status 2."""
+def main() -> None:
+    """Run what sys.argv asks for; a mistake of the user's is one line on stderr and exit status 2."""
     try:
         if sys.argv[1:] == ["doctor"]:
             print(doctor())
-            return None
-        return quick_start.run(**arguments())
+        else:
+            quick_start.run(**arguments())
     except Exception as error:
         if not is_users_mistake(error):
             raise
@@ -95,8 +95,7 @@ def arguments() -> dict[str, Any]:
     check_model(model)
     check_flags(rest, in_files, model)
     dataset = args.dataset or in_files.get("dataset") or "ml-100k"
-    if args.nproc > 1:
-        check_gpus(args.nproc, Config(model, dataset, quick_start.config_files(model, dataset, files))["gpu_id"])
+    check_config(Config(model, dataset, quick_start.config_files(model, dataset, files)), args.nproc)
     names = ("nproc", "world_size", "ip", "port", "group_offset")
     return {"model": model, "dataset": dataset, "config_file_list": files} | {
         name: getattr(args, name) for name in names
@@ -143,14 +142,20 @@ def check_model(model: str) -> None:
         raise ValueError(f"--model: there is no model {model!r}{nearest(model, known)}")
 
 
-def check_gpus(nproc: int, gpu_id: str) -> None:
-    """Raise a ValueError where there is not one GPU for each process; RecBole starts no process without one."""
+def check_config(config: Config, nproc: int) -> None:
+    """Raise a ValueError for what RecBole notices late and explains badly: an unknown loss_type, too few GPUs."""
+    if config["MODEL_INPUT_TYPE"] is None:
+        raise ValueError(
+            f"loss_type: {config['loss_type']!r} is not valid for {config['model']}, RecBole's losses are CE and BPR; "
+            f"{', '.join(registry.MODELS)} have the others"
+        )
+    gpu_id = config["gpu_id"]
     named, there = len(gpu_id.split(",")), torch.cuda.device_count()
-    if named < nproc:
+    if 1 < nproc > named:
         raise ValueError(
             f"--nproc={nproc} needs {nproc} GPUs, but gpu_id={gpu_id!r} names {named}; use --gpu_id=0,1,..."
         )
-    if there < nproc:
+    if 1 < nproc > there:
         raise ValueError(f"--nproc={nproc} needs {nproc} GPUs, but of gpu_id={gpu_id!r} this machine has {there}")
 
 
@@ -172,7 +177,7 @@ def known_keys(model: str) -> set[str]:
     """Every configuration key that RecBole, the model or this package reads."""
     package = Path(recbole.__file__).parent
     files = [registry.MODELS.get(model, package / "properties" / "model" / f"{model}.yaml")]
-    files += [package / "properties" / "overall.yaml", *(package / "properties").glob("dataset/*.yaml")]
+    files += [package / "properties" / file for file in ("overall.yaml", "dataset/sample.yaml", "dataset/ml-100k.yaml")]
     keys = set(settings.KEYS) | {key for file in files if file.is_file() for key in registry.read_yaml(file)}
     for name in ("general", "training", "evaluation", "dataset"):
         keys.update(getattr(argument_list, f"{name}_arguments"))

@@ -9,6 +9,7 @@ answered for *our* models alone, by subclasses in trainer.py, evaluation.py and 
 from __future__ import annotations
 
 import builtins
+import collections
 import contextlib
 import importlib
 import importlib.metadata
@@ -160,9 +161,10 @@ def exhaustive_search() -> str | None:
     from recbole.trainer import hyper_tuning
 
     original = hyper_tuning.exhaustive_search
+    generators = types.SimpleNamespace(random=types.SimpleNamespace(RandomState=np.random.default_rng))
 
     def exhaustive_search(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        with _swapped(np.random, "RandomState", np.random.default_rng):
+        with _swapped(hyper_tuning, "np", generators):  # all it asks of np
             return original(*args, **kwargs)
 
     hyper_tuning.exhaustive_search = exhaustive_search
@@ -256,7 +258,7 @@ def classes_in_checkpoints() -> list[Any]:
     of_numpy += [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64", "str", "object")]
     of_scipy = [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.lil_matrix]
     of_torch = [torch.nn.Embedding, torch.nn.ModuleList, torch.nn.ModuleDict]
-    others = [Config, yaml.FullLoader, logging.getLogger]
+    others = [Config, yaml.FullLoader, logging.getLogger, list, collections.defaultdict]
     return [*subclasses(AbstractRecommender), *of_recbole, *of_numpy, *of_scipy, *of_torch, *others]
 
 
@@ -274,24 +276,39 @@ def checkpoint_state(trainer: Any, epoch: int) -> dict[str, Any]:
 
 
 def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-    """Trainer._save_checkpoint: atomic, in torch's default pickle protocol."""
-    if not trainer.config["single_spec"] and trainer.config["local_rank"] != 0:
-        return
-    destination = Path(kwargs.pop("saved_model_file", trainer.saved_model_file))
+    """Trainer._save_checkpoint: atomic, in torch's default pickle protocol.
+
+    Every process calls it, the first one of a machine writes. RecBole names the file after the second in which a
+    process got there, and lets the others go on meanwhile: they would read another file, or the one of an older epoch.
+    """
+    distributed = not trainer.config["single_spec"]
+    if distributed:
+        names = [trainer.saved_model_file]
+        torch.distributed.broadcast_object_list(names)
+        trainer.saved_model_file = names[0]
+    if not distributed or trainer.config["local_rank"] == 0:
+        destination = Path(kwargs.pop("saved_model_file", trainer.saved_model_file))
+        write_checkpoint(trainer._checkpoint_state(epoch), destination)
+        if verbose:
+            from recbole.utils import set_color
+
+            trainer.logger.info(set_color("Saving current", "blue") + f": {destination}")
+    if distributed:
+        torch.distributed.barrier()
+
+
+def write_checkpoint(state: dict[str, Any], destination: Path) -> None:
+    """torch.save to a file beside the destination, then renamed to it."""
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            torch.save(trainer._checkpoint_state(epoch), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, destination)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if verbose:
-        from recbole.utils import set_color
-
-        trainer.logger.info(set_color("Saving current", "blue") + f": {destination}")
 
 
 def pandas_fill_nan() -> str | None:
@@ -357,6 +374,14 @@ def pandas_sequence_lengths() -> str | None:
     return f"pandas {pd.__version__} aggregates a whole series; lengths of sequence fields are taken one by one"
 
 
+def pandas_read_only() -> str | None:
+    """Keep torch quiet about pandas 3's read-only arrays: RecBole makes tensors of them and writes to none."""
+    if pd.Series([0]).to_numpy().flags.writeable:
+        return None
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning, r"recbole\.data\.")
+    return f"pandas {pd.__version__} gives read-only arrays; torch's warning about them is off"
+
+
 def download_barrier() -> str | None:
     """Let a single process download a data set: RecBole ends it with torch.distributed.barrier() (#1989, #2050)."""
     from recbole.data.dataset.dataset import Dataset
@@ -384,6 +409,17 @@ def download_prompt() -> str | None:
     return "without a terminal, data sets above 1 GB are downloaded without asking"
 
 
+def folders_of_workers() -> str | None:
+    """Let several processes make ./log and ./saved at once: each makes a folder that it did not find (not reported)."""
+    from recbole.utils import utils
+
+    def ensure_dir(dir_path: str) -> None:
+        os.makedirs(dir_path, exist_ok=True)
+
+    utils.ensure_dir.__code__ = ensure_dir.__code__  # other modules hold the function itself
+    return "processes of one run do not trip over each other when they make folders"
+
+
 def collector_keeps_counters() -> str | None:
     """Let ItemCoverage, AveragePopularity, TailPercentage and the like run (#2131, #2191, #2194).
 
@@ -408,8 +444,10 @@ REPAIRS: list[Callable[[], str | None]] = [
     safe_checkpoints,
     pandas_fill_nan,
     pandas_sequence_lengths,
+    pandas_read_only,
     download_barrier,
     download_prompt,
+    folders_of_workers,
     collector_keeps_counters,
 ]
 

@@ -46,6 +46,10 @@ class EfficientTrainer(Trainer):
         if self.distributed:
             # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
             self.distributed_model.broadcast_buffers = False
+            # each process named its file by the second: all take the name that the first one saves under
+            name = [self.saved_model_file]
+            distributed.broadcast_object_list(name, src=0)
+            self.saved_model_file = name[0]
         self.train_generator: torch.Generator | None = None
         self.random_states: list[dict[str, Any]] = []  # of each process
         self.resumed: dict[str, Any] | None = None
@@ -153,6 +157,8 @@ class EfficientTrainer(Trainer):
             distributed.all_gather_object(self.random_states, state)
         # RecBole calls with -1 where no epoch is left to train, after resuming a finished run, too
         super()._save_checkpoint(max(epoch, self.start_epoch - 1), verbose, **kwargs)
+        if self.distributed:
+            distributed.barrier()  # whoever loads it next finds it whole
 
     def _checkpoint_state(self, epoch: int) -> dict[str, Any]:
         return checkpoint_state(self, epoch) | {

@@ -345,6 +345,7 @@ def pandas_fill_nan() -> str | None:
 
     module.Dataset._fill_nan = fill_nan
     module.pd = PandasWithFilledSequences("pandas")
+    warnings.filterwarnings("ignore", category=pd.errors.ChainedAssignmentError, module=r"recbole\.data\.")
     return f"pandas {pd.__version__} ignores fillna(inplace=True) on a column; missing values are assigned"
 
 

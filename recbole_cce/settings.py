@@ -93,8 +93,9 @@ def validate(config: Mapping[str, Any]) -> None:
         if name in config and not key.accepts(config[name]):
             raise ValueError(f"{name}: {config[name]!r} is not valid; it takes {key.valid}")
     length = config.get("MAX_ITEM_LIST_LENGTH")
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"MAX_ITEM_LIST_LENGTH: {length!r} is not valid; it takes an integer >= 1")
+    valid, accepts = _integer(1)
+    if not accepts(length):
+        raise ValueError(f"MAX_ITEM_LIST_LENGTH: {length!r} is not valid; it takes {valid}")
     negatives = config.get("train_neg_sample_args")
     if negatives is not None and negatives != "None":
         raise ValueError(

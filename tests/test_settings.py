@@ -1,0 +1,84 @@
+"""Every configuration key of the package: what it takes, and one error that says so for anything else."""
+
+from __future__ import annotations
+
+import pytest
+from recbole.config import Config
+
+from recbole_cce import settings
+
+REALS = ["auto", "much", None, True, [0.5], float("nan"), float("inf")]
+INTEGERS = [0, -3, 2.5, "many", None, True, [4], float("inf")]
+FLAGS = [1, 0, "yes", None, "auto"]
+DTYPES = ["bf16", "half", "float64", "int8", None, True, 16]
+
+# key: (right values, wrong values, what the error must list)
+KEYS = {
+    "loss_type": (
+        ["CE", "CCE", "CCE-", "CE-", "SCE", "BCE", "gBCE"],
+        ["cce", "CCE--", "BPR", "", None, True, 3],
+        "CE, CCE, CCE-, CE-, SCE, BCE, gBCE",
+    ),
+    "loss_backend": (["auto", "triton", "torch"], ["cuda", "Triton", None, True], "auto, triton, torch"),
+    "loss_dtype": (["auto", "float32", "bfloat16", "float16"], DTYPES, "auto, float32, bfloat16, float16"),
+    "amp_dtype": (["auto", "float32", "bfloat16", "float16"], DTYPES, "auto, float32, bfloat16, float16"),
+    "num_negatives": ([1, 512, 65536], [*INTEGERS, 65537, "auto"], "an integer from 1 to 65536"),
+    "negative_sharing": (["tile", "none", "batch"], ["user", None, False], "tile, none, batch"),
+    "negative_distribution": (["uniform", "popularity"], ["popular", None, True], "uniform, popularity"),
+    "negative_alpha": ([0, 0.75, 10.0], [*REALS, -0.1, 10.5], "a number from 0 to 10"),
+    "logq_correction": ([True, False], FLAGS, "True, False"),
+    "mix_x": ([True, False], FLAGS, "True, False"),
+    "n_buckets": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
+    "bucket_size_x": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
+    "bucket_size_y": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
+    "eval_chunk_items": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
+    "gbce_t": ([0, 0.75, 1], [*REALS, -0.1, 1.5], "a number from 0 to 1"),
+    "train_targets": (["all", "last"], ["every", None, True], "all, last"),
+    "attention": (["auto", "sdpa", "packed", "recbole"], ["flash", None, True], "auto, sdpa, packed, recbole"),
+    "adam_betas": (
+        [[0.9, 0.98], [0, 0.5]],
+        [0.9, [0.9], [0.9, 0.98, 0.99], [0.9, 1.0], [-0.1, 0.9], ["a", "b"], "auto", None, True],
+        "two numbers in [0, 1)",
+    ),
+}
+
+
+def test_the_table_has_every_key():
+    assert set(KEYS) == set(settings.KEYS)
+
+
+@pytest.mark.parametrize("model", ["SASRecCCE", "SASRecSCE"])
+@pytest.mark.parametrize("key", KEYS)
+def test_right_values(tiny_config, key, model):
+    for value in KEYS[key][0]:
+        assert Config(model, "tiny", config_dict={**tiny_config, key: value})[key] == value
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_wrong_values(tiny_config, key):
+    _, wrong, valid = KEYS[key]
+    for value in wrong:
+        with pytest.raises(ValueError) as error:
+            Config("SASRecCCE", "tiny", config_dict={**tiny_config, key: value})
+        assert str(error.value).startswith(f"{key}: ")
+        assert "is not valid; it takes " in str(error.value)
+        assert valid in str(error.value)
+        assert isinstance(value, str) or f"{key}: {value!r} " in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5, "long", True, None])
+def test_max_item_list_length(tiny_config, length):
+    with pytest.raises(ValueError, match=r"MAX_ITEM_LIST_LENGTH: .* is not valid; it takes an integer >= 1"):
+        Config("SASRecCCE", "tiny", config_dict={**tiny_config, "MAX_ITEM_LIST_LENGTH": length})
+
+
+def test_recboles_own_negatives_are_refused(tiny_config):
+    negatives = {"distribution": "uniform", "sample_num": 1}
+    with pytest.raises(ValueError, match=r"train_neg_sample_args: .*it takes ~ .*num_negatives"):
+        Config("SASRecCCE", "tiny", config_dict={**tiny_config, "train_neg_sample_args": negatives})
+    Config("SASRecCCE", "tiny", config_dict={**tiny_config, "train_neg_sample_args": None})
+
+
+def test_values_of_builtin_models_are_none_of_our_business(tiny_config):
+    config = Config("SASRec", "tiny", config_dict={**tiny_config, "num_negatives": -1, "attention": "flash"})
+    assert config["num_negatives"] == -1

@@ -5,6 +5,7 @@ Defaults are in properties/model/*.yaml; the command line's --help and every err
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,15 @@ def _integer(low: int, high: int | None = None, auto: bool = False) -> tuple[str
     )
 
 
-def _real(low: float, high: float) -> tuple[str, Callable[[Any], bool]]:
+def _real(low: float, high: float | None = None) -> tuple[str, Callable[[Any], bool]]:
     return (
-        f"a number from {low:g} to {high:g}",
-        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high,
+        f"a number from {low:g} to {high:g}" if high is not None else f"a number >= {low:g}",
+        lambda value: (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and low <= value < math.inf
+            and (high is None or value <= high)
+        ),
     )
 
 
@@ -82,20 +88,38 @@ KEYS: dict[str, Key] = {
     "eval_chunk_items": Key("items scored at a time in full ranking", *_integer(1, auto=True)),
 }
 
+# Keys of RecBole that these models read, and where a wrong value would end in an error of torch or Python.
+RECBOLE_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "MAX_ITEM_LIST_LENGTH": _integer(1),
+    "n_layers": _integer(1),
+    "n_heads": _integer(1),
+    "hidden_size": _integer(1),
+    "inner_size": _integer(1),
+    "hidden_dropout_prob": _real(0, 1),
+    "attn_dropout_prob": _real(0, 1),
+    "hidden_act": _one_of("gelu", "relu", "swish", "tanh", "sigmoid"),
+    "layer_norm_eps": _real(0),
+    "initializer_range": _real(0),
+    "epochs": _integer(0),
+    "train_batch_size": _integer(1),
+    "eval_batch_size": _integer(1),
+    "stopping_step": _integer(0),
+    "learning_rate": _real(0),
+    "weight_decay": _real(0),
+    "seed": _integer(0, 2**32 - 1),
+}
+
 
 def validate(config: Mapping[str, Any]) -> None:
-    """Check every key above, and what RecBole would misread with these models.
+    """Check every key above, and that RecBole draws no negatives for these models.
 
     Raises:
         ValueError: names the key, its value and the valid ones.
     """
-    for name, key in KEYS.items():
-        if name in config and not key.accepts(config[name]):
-            raise ValueError(f"{name}: {config[name]!r} is not valid; it takes {key.valid}")
-    length = config.get("MAX_ITEM_LIST_LENGTH")
-    valid, accepts = _integer(1)
-    if not accepts(length):
-        raise ValueError(f"MAX_ITEM_LIST_LENGTH: {length!r} is not valid; it takes {valid}")
+    ours = {name: (key.valid, key.accepts) for name, key in KEYS.items()}
+    for name, (valid, accepts) in (ours | RECBOLE_KEYS).items():
+        if name in config and not accepts(config[name]):
+            raise ValueError(f"{name}: {config[name]!r} is not valid; it takes {valid}")
     negatives = config.get("train_neg_sample_args")
     if negatives is not None and negatives != "None":
         raise ValueError(

@@ -1,0 +1,298 @@
+"""The command line: flags that reach the run, one line for each mistake, help, doctor, downloads."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import re
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recbole
+import torch
+import yaml
+from recbole.config import Config
+from recbole.utils import url
+
+from recbole_cce import cli, compat, quick_start, registry, settings
+from tests.conftest import write_inter
+from tests.process import SCRIPT, python
+
+
+@pytest.fixture
+def command(monkeypatch, tiny_config, tmp_path):
+    """Call the command line on `tiny` with further flags, in this process."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**tiny_config, "epochs": 1}))
+
+    def call(*flags, files="tiny.yaml"):
+        named = ["--dataset=tiny"] if not any(flag.startswith("--dataset") for flag in flags) else []
+        monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", f"--config_files={files}", *named, *flags])
+        cli.main()
+
+    return call
+
+
+@pytest.fixture
+def mistake(command, capsys):
+    """Call the command line with a mistake; returns the one line it ends with."""
+
+    def call(*flags, **options):
+        with pytest.raises(SystemExit) as stop:
+            command(*flags, **options)
+        assert stop.value.code == 2
+        message = capsys.readouterr().err.strip()
+        assert message.startswith("run_recbole_cce.py: error: ")
+        assert "\n" not in message
+        return message.removeprefix("run_recbole_cce.py: error: ")
+
+    return call
+
+
+def saved_config(tmp_path, model="SASRecCCE"):
+    (file,) = (tmp_path / "saved").glob(f"{model}-*.pth")
+    return torch.load(file)["config"]
+
+
+# Runs
+
+
+def test_a_run_without_a_terminal(tiny_config, tmp_path):
+    """As a user starts it: a fresh process; the log has the metrics, and no noise of NumPy, pandas or torch."""
+    rng = np.random.default_rng(0)
+    rows = [(f"u{u}", f"i{rng.integers(12)}", s, "a b" if s else "") for u in range(20) for s in range(5)]
+    write_inter(tmp_path / "data", "tiny", "user_id:token\titem_id:token\ttimestamp:float\ttags:token_seq", rows)
+    quick = {**tiny_config, "epochs": 1, "load_col": None, "state": "INFO", "show_progress": True}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(quick))
+    process = python(SCRIPT, "--dataset=tiny", "--config_files=tiny.yaml")
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"test result.*'ndcg@10', \d\.\d+|test result.*'ndcg@10': \d\.\d+", process.stderr)
+    for noise in ("np.float64", "not writable", "ChainedAssignment", "Traceback"):
+        assert noise not in process.stderr
+
+
+def test_flags_win_over_files_and_later_files_over_earlier(command, tmp_path):
+    (tmp_path / "a.yaml").write_text("learning_rate: 0.5\nweight_decay: 0.25\nhidden_size: 8\n")
+    (tmp_path / "b.yaml").write_text("hidden_size: 32\nweight_decay: 1e-3\n")
+    command("--learning_rate=1e-3", "--loss_type=CCE-", "--mix_x=true", files="tiny.yaml a.yaml b.yaml")
+    config = saved_config(tmp_path)
+    assert [config[key] for key in ("learning_rate", "weight_decay", "hidden_size", "mix_x")] == [1e-3, 1e-3, 32, True]
+    assert config["loss_type"] == "CCE-"
+
+
+def test_model_and_dataset_from_a_file(monkeypatch, command, tmp_path):
+    (tmp_path / "both.yaml").write_text("model: SASRecSCE\ndataset: tiny\n")
+    monkeypatch.setattr(quick_start, "run", lambda **arguments: runs.append(arguments))
+    runs = []
+    command(files="tiny.yaml both.yaml")
+    command("--model=GRU4Rec", "--nproc=1", files="tiny.yaml both.yaml")
+    assert [(run["model"], run["dataset"]) for run in runs] == [("SASRecSCE", "tiny"), ("GRU4Rec", "tiny")]
+
+
+def test_no_flags_train_sasreccce_on_ml_100k(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py"])
+    arguments = cli.arguments()
+    assert (arguments["model"], arguments["dataset"], arguments["nproc"]) == ("SASRecCCE", "ml-100k", 1)
+
+
+@pytest.mark.parametrize("model", ["SASRec", "GRU4Rec", "BPR"])
+def test_builtin_models_run_with_the_configuration_of_stock_recbole(command, tmp_path, model):
+    command(f"--model={model}")
+    config = saved_config(tmp_path, model).final_config_dict
+    stock = {**registry.read_yaml("tiny.yaml"), **({} if model == "BPR" else {"train_neg_sample_args": None})}
+    assert config == Config(model, "tiny", config_dict=stock).final_config_dict
+
+
+def test_builtin_models_get_our_defaults_of_a_data_set_below_the_users(monkeypatch, tmp_path):
+    (tmp_path / "user.yaml").write_text("MAX_ITEM_LIST_LENGTH: 7\n")
+    monkeypatch.setattr(
+        quick_start.recbole_quick_start, "run", lambda model, dataset, config_file_list: files.append(config_file_list)
+    )
+    files = []
+    quick_start.run("SASRec", "ml-1m", ["user.yaml"])
+    quick_start.run("SASRecCCE", "ml-1m", ["user.yaml"])
+    quick_start.run("SASRec", "tiny", ["user.yaml"])
+    assert files == [[str(registry.PROPERTIES / "dataset" / "ml-1m.yaml"), "user.yaml"], ["user.yaml"], ["user.yaml"]]
+
+
+def test_processes_of_several_machines(monkeypatch):
+    flags = ["--nproc=4", "--world_size=8", "--ip=10.0.0.1", "--port=1234", "--group_offset=4", "--gpu_id=0,1,2,3"]
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", *flags])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = cli.arguments()
+    names = ("nproc", "world_size", "ip", "port", "group_offset")
+    assert [arguments[name] for name in names] == [4, 8, "10.0.0.1", "1234", 4]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--learnin_rate=1e-3", r"there is no option --learnin_rate; did you mean learning_rate"),
+        ("--num_negative=5", r"there is no option --num_negative; did you mean num_negatives"),
+        ("--modl=SASRec", r"there is no option --modl; did you mean model"),
+        ("--model=SASReC", r"--model: there is no model 'SASReC'; did you mean SASRec"),
+        ("--model=SasrecCCEE", r"--model: there is no model 'SasrecCCEE'; did you mean SASRecCCE"),
+        ("--model", r"argument --model: expected one argument"),
+        ("--nproc=two", r"argument --nproc: invalid int value: 'two'"),
+        ("--nproc=2", r"--nproc=2 needs 2 GPUs, but gpu_id='' names [01]; use --gpu_id=0,1"),
+        ("--epochs", r"'--epochs' is not understood; flags are written --key=value"),
+        ("epochs=3", r"'epochs=3' is not understood; flags are written --key=value"),
+        ("--loss_type=CCEE", r"loss_type: 'CCEE' is not valid; it takes one of CE, CCE, CCE-, CE-, SCE, BCE, gBCE"),
+        ("--dataset=tyni", r"\[tyni\] a known dataset name"),
+        ("--metrics=['Recal']", r"There is no metric named 'Recal'"),
+        ("--topk=0", r"topk must be a positive integer"),
+        ("--topk=31", r"topk: \[31\] is not valid; it takes at most 30, the number of items"),
+        ("--user_inter_num_interval=[99,inf)", r"no interaction of tiny is left .*user_inter_num_interval"),
+        ("--learning_rate=1e-3e", r"learning_rate: '1e-3e' is not valid; it takes a number >= 0"),
+        ("--learning_rate=1e30", r"training loss is nan"),
+    ],
+)
+def test_one_line_for_a_mistake(mistake, flag, message):
+    assert re.search(message, mistake(flag))
+
+
+@pytest.mark.parametrize("key", settings.KEYS)
+def test_one_line_for_a_wrong_value_of_each_key(mistake, key):
+    message = mistake(f"--{key}=wrong")
+    assert message == f"{key}: 'wrong' is not valid; it takes {settings.KEYS[key].valid}"
+
+
+def test_loss_of_ours_with_a_model_of_recbole(mistake):
+    message = mistake("--model=SASRec", "--loss_type=CCE")
+    assert message.startswith("loss_type: 'CCE' is not valid for SASRec, RecBole's losses are CE and BPR; SASRecCCE")
+
+
+def test_too_few_gpus(mistake, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "needs 2 GPUs, but of gpu_id='0,1' this machine has 1" in mistake("--nproc=2", "--gpu_id=0,1")
+
+
+def test_a_flag_twice(mistake):
+    assert "duplicate" in mistake("--seed=1", "--seed=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"--config_files: there is no file 'own\.yaml'"),
+        ("a: [1, 2\nb: 3", r"--config_files: 'own\.yaml' is not YAML: .*line 2"),
+        ("- 1\n- 2", r"--config_files: 'own\.yaml' holds no 'key: value' lines"),
+        ("model: SASReck", r"--model: there is no model 'SASReck'; did you mean SASRec"),
+        ("n_buckets: many", r"n_buckets: 'many' is not valid; it takes an integer >= 1 or auto"),
+    ],
+)
+def test_configuration_files(mistake, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "own.yaml").write_text(text)
+    assert re.search(message, mistake(files="tiny.yaml own.yaml"))
+
+
+def test_a_mistake_in_a_fresh_process(tmp_path, tiny):
+    (tiny / "tiny" / "tiny.inter").write_text("user_id\titem_id\ttimestamp\nu\ti\t1\n")
+    process = python(SCRIPT, "--dataset=tiny", f"--data_path={tiny}", "--gpu_id=")
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+    last = process.stderr.splitlines()[-1]
+    assert re.match(r"run_recbole_cce\.py: error: .*tiny\.inter: the header cell 'user_id' is not 'name:type'", last)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, TypeError])
+def test_errors_of_others_keep_their_traceback(command, monkeypatch, error):
+    def matrix_multiplication(**arguments):
+        if error is TypeError:
+            return len(3)
+        return torch.ones(2, 3) @ torch.ones(2, 3) if error is RuntimeError else np.ones(6).reshape(4)
+
+    monkeypatch.setattr(quick_start, "run", matrix_multiplication)
+    with pytest.raises(error):
+        command()
+
+
+# Help and doctor
+
+
+def test_help_explains_the_keys_and_shows_examples(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, key in settings.KEYS.items():
+        assert f"--{name}=" in text
+        assert key.help in text
+        assert key.valid in text
+    assert "--loss_type=CCE-\n" in text  # the default of SASRecCCE
+    examples = [line.split("  ")[1] for line in text.splitlines() if line.startswith("  run_recbole_cce.py")]
+    assert len(examples) >= 5
+    for example in examples:
+        for flag in re.findall(r"--\w+=\S+", example):
+            name = flag[2:].partition("=")[0]
+            named = ("model", "dataset", "config_files", "nproc")
+            assert name in named or name in cli.known_keys("SASRecCCE") | cli.known_keys("SASRecSCE")
+
+
+def test_doctor():
+    process = python(SCRIPT, "doctor")
+    assert process.returncode == 0, process.stderr
+    printed = process.stdout
+    for version in (torch.__version__, np.__version__, f"Python {sys.version.split()[0]}", "RecBole 1.2.1"):
+        assert version in printed
+    if not torch.cuda.is_available():
+        assert "Triton kernels cannot run: they need an NVIDIA GPU" in printed
+    active, _, rest = printed.partition("Active repairs")[2].partition("Not needed here:")
+    for repair in compat.REPAIRS:
+        name = repair.__name__
+        assert (f"  {name}: " in active) == (name in compat.ACTIVE)
+        assert (name in rest.splitlines()[0]) == (name not in compat.ACTIVE)
+    for issue in ("#1866", "#1735", "mixed precision"):
+        assert issue in rest
+
+
+# Downloads
+
+
+def test_data_sets_are_downloaded_by_name(command, tmp_path, monkeypatch):
+    """RecBole's table of addresses, its zip files and its names inside them; the server is one of this machine."""
+    rng = np.random.default_rng(0)
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    lines += [f"u{user}\ti{rng.integers(12)}\t5\t{step}" for user in range(20) for step in range(10)]
+    address = registry.read_yaml(Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml")["ml-1m"]
+    served = tmp_path / "served" / address.partition("://")[2].partition("/")[2]
+    served.parent.mkdir(parents=True)
+    with zipfile.ZipFile(served, "w") as archive:
+        archive.writestr(f"{served.stem}.inter", "\n".join(lines) + "\n")
+
+    handler = functools.partial(Quiet, directory=tmp_path / "served")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    local = f"http://127.0.0.1:{server.server_port}/"
+    urlopen = url.ur.urlopen
+    monkeypatch.setattr(url.ur, "urlopen", lambda at: urlopen(re.sub(r"https?://[^/]+/", local, at)))
+    try:
+        command("--dataset=ml-1m", f"--data_path={tmp_path}/new")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (tmp_path / "new" / "ml-1m" / "ml-1m.inter").read_text().splitlines() == lines
+    config = saved_config(tmp_path)
+    assert config["dataset"] == "ml-1m"
+    assert config["user_inter_num_interval"] == "[5,inf)"  # properties/dataset/ml-1m.yaml
+
+
+def test_a_server_that_does_not_answer(mistake, monkeypatch, tmp_path):
+    def refuse(address):
+        raise url.ur.URLError("Connection refused")
+
+    monkeypatch.setattr(url.ur, "urlopen", refuse)
+    assert "Connection refused" in mistake("--dataset=ml-1m", f"--data_path={tmp_path}/new")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass

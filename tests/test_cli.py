@@ -18,7 +18,7 @@ import yaml
 from recbole.config import Config
 from recbole.utils import url
 
-from recbole_cce import cli, compat, quick_start, registry, settings
+from recbole_cce import cli, compat, evaluation, quick_start, registry, settings
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python
 
@@ -202,14 +202,19 @@ def test_a_mistake_in_a_fresh_process(tmp_path, tiny):
     assert re.match(r"run_recbole_cce\.py: error: .*tiny\.inter: the header cell 'user_id' is not 'name:type'", last)
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, TypeError])
-def test_errors_of_others_keep_their_traceback(command, monkeypatch, error):
-    def matrix_multiplication(**arguments):
-        if error is TypeError:
-            return len(3)
-        return torch.ones(2, 3) @ torch.ones(2, 3) if error is RuntimeError else np.ones(6).reshape(4)
-
-    monkeypatch.setattr(quick_start, "run", matrix_multiplication)
+@pytest.mark.parametrize(
+    ("error", "bug"),
+    [
+        (
+            RuntimeError,
+            lambda: evaluation.chunked_topk(torch.ones(2, 3), torch.ones(4, 5), 1, 2),
+        ),  # torch, called by us
+        (TypeError, lambda: evaluation.auto_chunk_items("many")),
+        (ValueError, lambda: torch.optim.Adam([torch.zeros(1)], eps=-1.0)),  # a raise of torch
+    ],
+)
+def test_bugs_keep_their_traceback(command, monkeypatch, error, bug):
+    monkeypatch.setattr(quick_start, "run", lambda **arguments: bug())
     with pytest.raises(error):
         command()
 

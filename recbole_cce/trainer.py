@@ -23,9 +23,9 @@ from recbole_cce.evaluation import TopK, auto_chunk_items, chunked_topk
 class EfficientTrainer(Trainer):
     """Trainer of SASRecCCE and SASRecSCE.
 
-    What differs from RecBole's: autocast in `amp_dtype`, gradients unscaled before they are clipped, no wait for the
-    device in a step, checkpoints from which a run goes on exactly, full ranking in chunks of `eval_chunk_items`,
-    metrics over the users of all processes.
+    What differs from RecBole's: autocast in `amp_dtype`, gradients unscaled before they are clipped, no wait of its
+    own for the device in a step, checkpoints from which a run goes on exactly, full ranking in chunks of
+    `eval_chunk_items`, metrics over the users of all processes.
 
     Of a model it needs, besides what RecBole's does: `loss`, one of losses.LOSSES, `item_embedding`, and `forward` of
     lists and lengths that gives vectors whose inner products with `item_embedding` are the scores.
@@ -46,10 +46,6 @@ class EfficientTrainer(Trainer):
         if self.distributed:
             # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
             self.distributed_model.broadcast_buffers = False
-            # each process named its file by the second: all take the name that the first one saves under
-            name = [self.saved_model_file]
-            distributed.broadcast_object_list(name, src=0)
-            self.saved_model_file = name[0]
         self.train_generator: torch.Generator | None = None
         self.random_states: list[dict[str, Any]] = []  # of each process
         self.resumed: dict[str, Any] | None = None
@@ -145,7 +141,7 @@ class EfficientTrainer(Trainer):
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
         score, result = super()._valid_epoch(valid_data, show_progress)
         # RecBole saves a checkpoint when this result is the best, before it calls it so
-        self.valid_result = {name: float(value) for name, value in result.items()}
+        self.valid_result = dict(result)
         return score, result
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
@@ -157,8 +153,6 @@ class EfficientTrainer(Trainer):
             distributed.all_gather_object(self.random_states, state)
         # RecBole calls with -1 where no epoch is left to train, after resuming a finished run, too
         super()._save_checkpoint(max(epoch, self.start_epoch - 1), verbose, **kwargs)
-        if self.distributed:
-            distributed.barrier()  # whoever loads it next finds it whole
 
     def _checkpoint_state(self, epoch: int) -> dict[str, Any]:
         return checkpoint_state(self, epoch) | {

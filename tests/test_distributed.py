@@ -102,20 +102,20 @@ def weights(run):
 
 def whole_run(rank, settings, found):
     """run_recbole in RecBole's spawn worker; its last epoch is saved, and loaded at once."""
-    trainers, results, evaluate, init = [], [], EfficientTrainer.evaluate, EfficientTrainer.__init__
+    results, fit, evaluate = [], EfficientTrainer.fit, EfficientTrainer.evaluate
 
-    def remember(self, *args):
-        init(self, *args)
-        trainers.append(self)
+    def fit_and_keep(self, *args, **kwargs):
+        result = fit(self, *args, **kwargs)
+        found["weights"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        found["sends buffers"] = self.distributed_model.will_sync_module_buffers()
+        found["file"] = str(self.saved_model_file)
+        return result
 
-    EfficientTrainer.__init__, EfficientTrainer.evaluate = remember, recorded(evaluate, results)
+    EfficientTrainer.fit, EfficientTrainer.evaluate = fit_and_keep, recorded(evaluate, results)
     settings = {**settings, **SAMPLED, "epochs": 1}
     quick_start.run_recboles(rank, "SASRecCCE", "odd", None, {"config_dict": settings})
-    EfficientTrainer.__init__, EfficientTrainer.evaluate = init, evaluate
-    (trainer,) = trainers
-    found["file"], found["results"] = str(trainer.saved_model_file), results
-    found["weights"] = trainer.model.state_dict()
-    found["sends buffers"] = trainer.distributed_model.will_sync_module_buffers()
+    EfficientTrainer.fit, EfficientTrainer.evaluate = fit, evaluate
+    found["results"] = results
 
 
 def whole_batches(rank, settings, found):

@@ -253,8 +253,7 @@ def classes_in_checkpoints() -> list[Any]:
         for _, cls in inspect.getmembers(module, inspect.isclass)
         if cls.__module__.startswith("recbole.")
     ]
-    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
-    of_numpy = [multiarray._reconstruct, multiarray.scalar, np.ndarray, np.matrix, np.dtype]
+    of_numpy = [np.empty(0).__reduce__()[0], np.float64().__reduce__()[0], np.ndarray, np.matrix, np.dtype]
     of_numpy += [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64", "str", "object")]
     of_scipy = [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.lil_matrix]
     of_torch = [torch.nn.Embedding, torch.nn.ModuleList, torch.nn.ModuleDict]
@@ -351,10 +350,16 @@ def pandas_fill_nan() -> str | None:
 
 def _copies_on_write() -> bool:
     frame = pd.DataFrame({"a": [np.nan]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _warnings_ignored():
         frame["a"].fillna(0, inplace=True)
     return bool(frame["a"].isna().any())
+
+
+@contextlib.contextmanager
+def _warnings_ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def pandas_sequence_lengths() -> str | None:
@@ -362,9 +367,9 @@ def pandas_sequence_lengths() -> str | None:
 
     RecBole relies on it for every token_seq and float_seq column and for pre-split benchmark files.
     """
-    probe = pd.Series([[0, 1], [2]])
-    if isinstance(probe.agg(len), pd.Series):
-        return None
+    with _warnings_ignored():
+        if isinstance(pd.Series([[0, 1], [2]]).agg(len), pd.Series):
+            return None
     from recbole.data.dataset import dataset, kg_dataset, sequential_dataset
 
     def length(value: Any) -> Any:

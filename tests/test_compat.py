@@ -59,8 +59,11 @@ def test_another_recbole_is_refused(monkeypatch):
 IMPORT = """
 import os
 import sys
+import warnings
 
 import torch
+
+warnings.filterwarnings("error", module="recbole_cce")
 
 before = dict(os.environ)
 

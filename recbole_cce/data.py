@@ -19,6 +19,8 @@ from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
+TARGETS_PER_BATCH = 2048  # of train_batch_size: auto; RecBole's default batch, in which a row has one target
+
 # Column of inter_feat: where in the flat table the row's target is. Never in a batch.
 TARGET_ROW = "target_row"
 # The C engine's way to parse numbers as the Python engine does; from pandas 3.1 it has no other, and the option is
@@ -231,7 +233,16 @@ class LeanSequentialDataset(SequentialDataset):
         if self.config["train_targets"] == "all":
             rows = train.inter_feat
             train.windows = np.flatnonzero(self._starts_window(rows) if TARGET_ROW in rows else self._is_longest(rows))
+        if self.config["train_batch_size"] == "auto":
+            self.config["train_batch_size"] = train._sequences_per_batch()
         return datasets
+
+    def _sequences_per_batch(self) -> int:
+        """As many rows as have TARGETS_PER_BATCH targets on average: an epoch then has as many steps as RecBole's."""
+        if self.windows is None:
+            return TARGETS_PER_BATCH
+        targets = self.inter_feat[self.item_list_length_field][self.windows].double().mean()
+        return max(1, round(TARGETS_PER_BATCH / targets.item()))
 
     def _starts_window(self, rows: Interaction) -> np.ndarray:
         """Rows whose targets are a multiple of the window length before the user's last training target."""

@@ -101,7 +101,7 @@ RECBOLE_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layer_norm_eps": _real(0),
     "initializer_range": _real(0),
     "epochs": _integer(0),
-    "train_batch_size": _integer(1),
+    "train_batch_size": _integer(1, auto=True),
     "eval_batch_size": _integer(1),
     "stopping_step": _integer(0),
     "learning_rate": _real(0),

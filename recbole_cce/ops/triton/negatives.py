@@ -27,7 +27,8 @@ def once(numbers):
 def draw_rows(seed, o_draw, table_ptr, num_items, padding_idx, POPULARITY: tl.constexpr):
     """Rows of the item table, int32, at the int64 numbers `o_draw` of the draws."""
     word0, word1, _, _ = tl.randint4x(seed, o_draw)
-    item = tl.umulhi(word0.to(tl.uint32, bitcast=True), num_items.to(tl.uint32)).to(tl.int32)
+    word0 = word0.to(tl.uint32, bitcast=True)
+    item = tl.umulhi(word0, tl.full(word0.shape, num_items, tl.uint32)).to(tl.int32)
     if POPULARITY:
         p_entry = table_ptr + item.to(tl.int64) * 2
         keep = word1.to(tl.uint32, bitcast=True) < tl.load(p_entry).to(tl.uint32, bitcast=True)

@@ -20,7 +20,6 @@ from recbole_cce.ops.triton.negatives import NO_PADDING, draw_rows, log_k_q, onc
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-own_stages = 2
 
 BUFFER_ELEMENTS = 2**23  # fp32 numbers that the deterministic path holds at a time
 
@@ -104,15 +103,21 @@ def tile_forward_kernel(
         b_mass = b_mass * b_scale + tl.sum(b_p, 1)
         b_max = b_new
         if DIRECTION:
-            b_sum = tl.dot(b_p.to(DTYPE), b_w, b_sum * b_scale[:, None], input_precision=PRECISION)
+            b_sum = b_sum * b_scale[:, None]
+            if DTYPE == tl.float32:  # noqa: SIM300
+                # Without tensor cores each term would be rounded to the size of the whole sum. The last argument, which
+                # is about other dtypes, keeps the compiler from putting the sum back into the product.
+                b_sum += tl.dot(b_p, b_w, input_precision=PRECISION, max_num_imprecise_acc=1)
+            else:
+                b_sum = tl.dot(b_p.to(DTYPE), b_w, b_sum)
 
     b_total = b_mass + tl.exp2(b_own - b_max)
     b_lse = b_max + tl.log2(b_total)
     b_slope = -b_mass / b_total
     tl.store(loss_ptr + o_n, tl.where(m_y, (b_lse - b_own) * LN_2, 0.0), mask=m_n)
+    tl.store(lse_ptr + o_n, b_lse, mask=m_n)
+    tl.store(slope_ptr + o_n, tl.where(m_y, b_slope, 0.0), mask=m_n)
     if DIRECTION:
-        tl.store(lse_ptr + o_n, b_lse, mask=m_n)
-        tl.store(slope_ptr + o_n, tl.where(m_y, b_slope, 0.0), mask=m_n)
         b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_y, o_d, D, DTYPE)
         b_d = b_sum / b_total[:, None] + b_slope[:, None] * b_target.to(tl.float32)
         p_d = direction_ptr + o_n[:, None] * D + o_d[None, :]
@@ -171,14 +176,14 @@ def tile_weight_gradient_kernel(
     b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
     m_y = m_n & (b_y != padding_idx)
     seed = tl.load(seed_ptr)
-    # in units of the largest upstream gradient: 1 / N would underflow in fp16
-    unit = tl.load(unit_ptr)
-    b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_y, other=0.0).to(tl.float32) / unit
+    b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_y, other=0.0).to(tl.float32)
+    # fp16: in units of the largest upstream gradient, since 1 / N times a probability would underflow
+    unit = tl.load(unit_ptr) if unit_ptr is not None else 1.0
     b_lse = tl.load(lse_ptr + o_n, mask=m_y, other=0.0)
 
     b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE)
     if ATOMIC:
-        b_slope = tl.load(slope_ptr + o_n, mask=m_y, other=0.0) * b_g * unit
+        b_slope = tl.load(slope_ptr + o_n, mask=m_y, other=0.0) * b_g
         p_own = grad_w_ptr + b_y[:, None] * D + o_d[None, :]
         b_own = b_slope[:, None] * b_h.to(tl.float32)
         tl.atomic_add(p_own, b_own, mask=m_y[:, None] & m_d[None, :], sem="relaxed")
@@ -191,7 +196,7 @@ def tile_weight_gradient_kernel(
         b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION) * LOG2_E
         if CORRECT:
             b_s -= log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)[None, :]
-        b_p = tl.exp2(b_s - b_lse[:, None]) * b_g[:, None]
+        b_p = tl.exp2(b_s - b_lse[:, None]) * (b_g / unit)[:, None]
         b_p = tl.where((b_row[None, :] != b_y[:, None]) & m_k[None, :], b_p, 0.0)
         b_dw = tl.dot(tl.trans(b_p.to(DTYPE)), b_h, input_precision=PRECISION) * unit
         if ATOMIC:
@@ -497,7 +502,7 @@ def forward(
     }
     if sharing == "none":
         draws, num_warps = own_blocks(dim)
-        own_forward_kernel[(n,)](**kernel_options, BK=draws, num_warps=num_warps, num_stages=own_stages)
+        own_forward_kernel[(n,)](**kernel_options, BK=draws, num_warps=num_warps, num_stages=3)
     else:
         options, programs = tile_options(n, dim, sharing, dtype, input.device)
         tile_forward_kernel[(programs,)](**kernel_options, **options)
@@ -567,7 +572,7 @@ def weight_gradient(
         own_weight_gradient(grad_weight, n, drawing, common, deterministic)
     else:
         options, programs = tile_options(n, dim, sharing, dtype, input.device)
-        unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if dtype == torch.float16 else None
         options |= {"unit_ptr": unit, **drawing, **common}
         if not deterministic:
             tile_weight_gradient_kernel[(programs,)](
@@ -741,10 +746,10 @@ def tile_options(
 def own_blocks(dim: int) -> tuple[int, int]:
     """Draws at a time and warps of the kernel in which each position has its own negatives."""
     width = padded(dim)
-    draws = max(16, min(64, 8192 // width))
-    return draws, max(1, draws * width // 2048)
+    draws = max(16, min(64, 4096 // width))
+    return draws, max(1, draws * width // 1024)
 
 
 def run_blocks(dim: int) -> tuple[int, int]:
     """Positions at a time and warps of the kernel that sums up a row of the table."""
-    return 16, max(1, padded(dim) // 64)
+    return 16, max(1, padded(dim) // 128)

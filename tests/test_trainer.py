@@ -148,17 +148,20 @@ def test_a_failing_save_leaves_the_last_checkpoint(tiny_config, monkeypatch):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def killed_save(settings, file):
+    """In a process of its own."""
+    run = experiment("SASRecCCE", settings)
+    run.trainer.saved_model_file = file
+    torch.save = half_a_save(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run.trainer._save_checkpoint(5)
+
+
 def test_a_killed_save_leaves_the_last_checkpoint(tiny_config):
     run = experiment("SASRecCCE", tiny_config)
     fit(run)
-    file = Path(run.trainer.saved_model_file)
+    file = Path(run.trainer.saved_model_file).resolve()
     before = file.read_bytes()
-
-    def save():
-        torch.save = half_a_save(lambda: os.kill(os.getpid(), signal.SIGKILL))
-        run.trainer._save_checkpoint(5)
-
-    process = multiprocessing.get_context("fork").Process(target=save)
+    process = multiprocessing.get_context("spawn").Process(target=killed_save, args=(tiny_config, str(file)))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

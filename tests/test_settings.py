@@ -44,9 +44,10 @@ KEYS = {
 
 
 KEYS |= dict.fromkeys(
-    ["MAX_ITEM_LIST_LENGTH", "n_layers", "n_heads", "hidden_size", "inner_size", "train_batch_size", "eval_batch_size"],
+    ["MAX_ITEM_LIST_LENGTH", "n_layers", "n_heads", "hidden_size", "inner_size", "eval_batch_size"],
     ([1, 7], [*INTEGERS, "auto"], "an integer >= 1"),
 )
+KEYS["train_batch_size"] = (["auto", 1, 7], INTEGERS, "an integer >= 1 or auto")
 KEYS |= dict.fromkeys(["epochs", "stopping_step"], ([0, 7], [*INTEGERS[1:], "auto"], "an integer >= 0"))
 KEYS |= dict.fromkeys(["hidden_dropout_prob", "attn_dropout_prob"], ([0, 0.5, 1], [*REALS, -0.1, 1.5], "from 0 to 1"))
 KEYS |= dict.fromkeys(

@@ -39,7 +39,7 @@ OFFSETS = [0, 1, 2, 2**31, 2**32 - 1, 2**32, 2**32 + 3, 2**45 + 11]
 
 def test_stream_is_that_of_triton():
     """tl.randint and tl.randint4x in Triton's interpreter, with 64-bit offsets."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.4")  # before, tl.randint draws another stream; the kernels spell this one out
     program = f"""
         import torch, triton, triton.language as tl
 

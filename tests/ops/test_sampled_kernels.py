@@ -112,6 +112,11 @@ def test_kernels_compile(name, capability):
         for argument in kernel.arg_names
     }
     constexprs = {(i,): constants[a] for i, a in enumerate(kernel.arg_names) if a in constants}
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # it names constants, and knows no sm_100
+        if capability == 100:
+            pytest.skip("needs Triton 3.3")
+        constexprs = {a: constants[a] for a in kernel.arg_names if a in constants}
+        signature = {a: dtype for a, dtype in signature.items() if a not in constexprs}
     source = ASTSource(kernel, signature, constexprs)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert compiled.asm["cubin"]

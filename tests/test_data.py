@@ -166,7 +166,7 @@ def test_long_separators_are_read_as_in_recbole(tmp_path):
 
 
 @pytest.fixture
-def benchmark(tmp_path):
+def presplit(tmp_path):
     """Pre-split files with ready lists: prefixes of 30 users' histories of 3 to 9 items."""
     rng = np.random.default_rng(2)
     parts = {"train": [], "valid": [], "test": []}
@@ -189,16 +189,16 @@ def benchmark(tmp_path):
     }, parts
 
 
-def test_splits_equal_stock_with_benchmark_files(benchmark):
-    settings, parts = benchmark
+def test_splits_equal_stock_with_benchmark_files(presplit):
+    settings, parts = presplit
     assert_equal_splits("split", **settings)
     stock = splits("SASRec", "split", train_neg_sample_args=None, **settings)
     lengths = stock[0].inter_feat["item_length"].tolist()
     assert lengths == [len(row[1].split()) for row in parts["train"]]
 
 
-def test_benchmark_training_keeps_the_longest_row_of_each_user(benchmark):
-    settings, parts = benchmark
+def test_benchmark_training_keeps_the_longest_row_of_each_user(presplit):
+    settings, parts = presplit
     train = splits("SASRecCCE", "split", **settings)[0]
     longest = {}
     for row in parts["train"]:
@@ -365,8 +365,8 @@ def test_a_user_with_one_interaction_has_no_row(tmp_path):
     assert len(test) == 5
 
 
-def test_lists_of_benchmark_files_longer_than_the_model_reads(benchmark):
-    settings, _ = benchmark
+def test_lists_of_benchmark_files_longer_than_the_model_reads(presplit):
+    settings, _ = presplit
     with pytest.raises(ValueError, match=r"MAX_ITEM_LIST_LENGTH: 3 .*seq_len"):
         splits("SASRecCCE", "split", MAX_ITEM_LIST_LENGTH=3, **settings)
 

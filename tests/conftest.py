@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,10 +27,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """RecBole writes ./log, ./log_tensorboard and ./saved, and reads sys.argv."""
+    """RecBole writes ./log, ./log_tensorboard and ./saved, reads sys.argv and sets CUDA_VISIBLE_DEVICES."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["test"])
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     root = logging.getLogger()
     for handler in root.handlers[:]:
         if isinstance(handler, logging.FileHandler):

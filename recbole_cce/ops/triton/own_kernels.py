@@ -1,0 +1,181 @@
+"""CCE- where each position has its own negatives: rows are gathered for one position, or one row of the table."""
+
+import triton
+import triton.language as tl
+
+from recbole_cce.ops.triton.negatives import draw_rows, log_k_q, once
+from recbole_cce.ops.triton.tile_kernels import LN_2, LOG2_E, load_rows
+
+
+@triton.jit
+def own_forward_kernel(
+    h_ptr,
+    w_ptr,
+    y_ptr,
+    seed_ptr,
+    table_ptr,
+    log_q_ptr,
+    loss_ptr,
+    lse_ptr,
+    slope_ptr,
+    direction_ptr,
+    num_negatives,
+    num_items,
+    padding_idx,
+    log_k,
+    stride_hn,
+    stride_hd,
+    stride_wn,
+    stride_wd,
+    stride_y,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POPULARITY: tl.constexpr,
+    CORRECT: tl.constexpr,
+    DIRECTION: tl.constexpr,
+):
+    """One program: one position against its own negatives, which no other position sees."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    y = tl.load(y_ptr + i_n * stride_y)
+    seed = tl.load(seed_ptr)
+    b_h = tl.load(h_ptr + i_n * stride_hn + o_d * stride_hd, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+    p_target = w_ptr + y * stride_wn + o_d * stride_wd
+    own = tl.sum(b_h * tl.load(p_target, mask=m_d, other=0.0).to(DTYPE).to(tl.float32), 0) * LOG2_E
+
+    largest = own
+    mass = 0.0
+    b_sum = tl.zeros([BK, BD], tl.float32)  # a sum of its rows is taken once, at the end
+    num_draws = tl.where(y == padding_idx, 0, num_negatives)  # an ignored row costs nothing
+    for i_k in range(0, num_draws, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_row = once(draw_rows(seed, i_n * num_negatives + o_k, table_ptr, num_items, padding_idx, POPULARITY))
+        m_k = (o_k < num_negatives) & (b_row != y)
+        b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, o_d, D, DTYPE).to(tl.float32)
+        b_s = tl.sum(b_w * b_h[None, :], 1) * LOG2_E
+        if CORRECT:
+            b_s -= log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)
+        b_s = tl.where(m_k, b_s, -float("inf"))
+        new = tl.maximum(largest, tl.max(b_s, 0))
+        b_p = tl.exp2(b_s - new)
+        scale = tl.exp2(largest - new)
+        mass = mass * scale + tl.sum(b_p, 0)
+        largest = new
+        if DIRECTION:
+            b_sum = b_sum * scale + b_p[:, None] * b_w
+
+    total = mass + tl.exp2(own - largest)
+    lse = largest + tl.log2(total)
+    slope = -mass / total
+    tl.store(loss_ptr + i_n, tl.where(y == padding_idx, 0.0, (lse - own) * LN_2))
+    tl.store(lse_ptr + i_n, lse)
+    tl.store(slope_ptr + i_n, slope)
+    if DIRECTION:
+        b_target = tl.load(p_target, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+        b_d = tl.sum(b_sum, 0) / total + slope * b_target
+        tl.store(direction_ptr + i_n * D + o_d, b_d, mask=m_d)
+
+
+@triton.jit
+def pair_kernel(
+    y_ptr,
+    seed_ptr,
+    table_ptr,
+    out_ptr,
+    order_ptr,
+    first,
+    last,
+    num_negatives,
+    num_items,
+    padding_idx,
+    stride_y,
+    BLOCK: tl.constexpr,
+    POPULARITY: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """The pairs (position, row) of positions first..last-1: K draws each, then the target as pair K.
+
+    MODE "count": out[row] += 1. MODE "place": out[row] is the next free slot of the row, order[slot] gets the
+    position, counted from `first`, or its complement for the target. MODE "rows": out[pair] = row, or the number of
+    rows of the table for a pair that counts for nothing: of an ignored position, or a draw of its target.
+    """
+    o_pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_i = o_pair // (num_negatives + 1)
+    o_k = o_pair % (num_negatives + 1)
+    o_n = first + o_i
+    m_n = o_n < last
+    b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
+    seed = tl.load(seed_ptr)
+    b_row = draw_rows(seed, o_n * num_negatives + o_k, table_ptr, num_items, padding_idx, POPULARITY).to(tl.int64)
+    m_own = o_k == num_negatives
+    m_pair = m_n & (b_y != padding_idx) & (m_own | (b_row != b_y))
+    b_row = tl.where(m_own, b_y, b_row)
+    if MODE == "count":
+        tl.atomic_add(out_ptr + b_row, 1, mask=m_pair, sem="relaxed")
+    elif MODE == "place":
+        o_slot = tl.atomic_add(out_ptr + b_row, 1, mask=m_pair, sem="relaxed")
+        b_i = o_i.to(tl.int32)
+        tl.store(order_ptr + o_slot, tl.where(m_own, ~b_i, b_i), mask=m_pair)
+    else:
+        num_rows = num_items + (padding_idx < num_items + 1).to(tl.int32)
+        tl.store(out_ptr + o_pair, tl.where(m_pair, b_row, num_rows).to(tl.int32), mask=m_n)
+
+
+@triton.jit
+def run_weight_gradient_kernel(
+    grad_ptr,
+    h_ptr,
+    w_ptr,
+    log_q_ptr,
+    lse_ptr,
+    slope_ptr,
+    order_ptr,
+    start_ptr,
+    end_ptr,
+    grad_w_ptr,
+    first,
+    padding_idx,
+    log_k,
+    stride_grad,
+    stride_hn,
+    stride_hd,
+    stride_wn,
+    stride_wd,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    POPULARITY: tl.constexpr,
+    CORRECT: tl.constexpr,
+):
+    """One program: what the positions that a row of the table is paired with give to it, without atomics."""
+    i_row = tl.program_id(0)
+    start = tl.load(start_ptr + i_row)
+    end = tl.load(end_ptr + i_row)
+    if start < end:
+        o_d = tl.arange(0, BD)
+        m_d = o_d < D
+        p_w = w_ptr + i_row.to(tl.int64) * stride_wn + o_d * stride_wd
+        b_w = tl.load(p_w, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+        b_sum = tl.zeros([BP, BD], tl.float32)
+        for i_p in range(start, end, BP):
+            o_p = i_p + tl.arange(0, BP)
+            m_p = o_p < end
+            b_i = tl.load(order_ptr + o_p, mask=m_p, other=0)
+            m_own = b_i < 0
+            o_n = first + tl.where(m_own, ~b_i, b_i).to(tl.int64)
+            b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_p, o_d, D, DTYPE).to(tl.float32)
+            b_s = tl.sum(b_h * b_w[None, :], 1) * LOG2_E
+            if CORRECT:
+                b_s -= log_k_q(log_q_ptr, tl.zeros([BP], tl.int32) + i_row, log_k, padding_idx, POPULARITY)
+            b_lse = tl.load(lse_ptr + o_n, mask=m_p, other=0.0)
+            b_slope = tl.load(slope_ptr + o_n, mask=m_p, other=0.0)
+            b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_p, other=0.0).to(tl.float32)
+            b_c = tl.where(m_p, tl.where(m_own, b_slope, tl.exp2(b_s - b_lse)) * b_g, 0.0)
+            b_sum += b_c[:, None] * b_h
+        p_dw = grad_w_ptr + i_row.to(tl.int64) * D + o_d
+        b_dw = tl.load(p_dw, mask=m_d, other=0.0) + tl.sum(b_sum, 0)
+        tl.store(p_dw, b_dw, mask=m_d)

@@ -23,6 +23,8 @@ TARGETS_PER_BATCH = 2048  # of train_batch_size: auto; RecBole's default batch, 
 
 # Column of inter_feat: where in the flat table the row's target is. Never in a batch.
 TARGET_ROW = "target_row"
+# Field of a training batch: how many of a row's last positions are trained.
+TARGET_COUNT = "target_count"
 # The C engine's way to parse numbers as the Python engine does; from pandas 3.1 it has no other, and the option is
 # deprecated.
 PANDAS_VERSION = tuple(int(part) for part in pd.__version__.split(".")[:2])
@@ -68,9 +70,10 @@ class CReader:
 class LeanSequentialDataset(SequentialDataset):
     """RecBole's SequentialDataset with histories gathered on demand.
 
-    `train_targets: all` keeps of the training split, for each user, its longest row and, before it, as many windows
-    of MAX_ITEM_LIST_LENGTH as the history fills, so that every target is predicted once an epoch by one position of
-    one row. `train_targets: last` keeps RecBole's rows. Validation and test rows are RecBole's in both.
+    `train_targets: all` keeps of the training split, for each user, its longest row and, where that does not hold the
+    history, windows of MAX_ITEM_LIST_LENGTH before it. Windows overlap by half, and of a full one the last half is
+    trained: every target is predicted once an epoch, and never from less than half of the history that a test row
+    would show. `train_targets: last` keeps RecBole's rows. Validation and test rows are RecBole's in both.
 
     Attributes:
         flat: all interactions, sorted by user and time.
@@ -184,6 +187,8 @@ class LeanSequentialDataset(SequentialDataset):
         if self.windows is not None:
             index = self.windows[index]
         rows = self._with_lists(self.inter_feat[index], self.max_item_list_len)
+        if self.windows is not None:
+            rows.update(Interaction({TARGET_COUNT: self._target_counts(rows)}))
         return self.join(rows) if join else rows
 
     def __len__(self) -> int:
@@ -237,19 +242,34 @@ class LeanSequentialDataset(SequentialDataset):
             self.config["train_batch_size"] = train._sequences_per_batch()
         return datasets
 
+    @property
+    def window_step(self) -> int:
+        """Targets from one window to the next."""
+        return -(-self.max_item_list_len // 2)
+
+    def _starts_window(self, rows: Interaction) -> np.ndarray:
+        """Rows a multiple of window_step before the user's last training target, down to the first that is not full."""
+        uid, target = rows[self.uid_field].numpy(), rows[TARGET_ROW].numpy()
+        last = np.zeros(self.user_num, dtype=np.int64)
+        np.maximum.at(last, uid, target)
+        before = last[uid] - target
+        reaches = rows[self.item_list_length_field].numpy() >= self.max_item_list_len - self.window_step
+        return (before % self.window_step == 0) & (reaches | (before == 0))
+
+    def _target_counts(self, rows: Interaction) -> torch.Tensor:
+        """How many of its last positions each window trains: those of a full one that the window before does not."""
+        length = rows[self.item_list_length_field]
+        if TARGET_ROW not in self.inter_feat:
+            return length
+        return length.where(length < self.max_item_list_len, self.window_step)
+
     def _sequences_per_batch(self) -> int:
         """As many rows as have TARGETS_PER_BATCH targets on average: an epoch then has as many steps as RecBole's."""
         if self.windows is None:
             return TARGETS_PER_BATCH
-        targets = self.inter_feat[self.item_list_length_field][self.windows].double().mean()
-        return max(1, round(TARGETS_PER_BATCH / targets.item()))
-
-    def _starts_window(self, rows: Interaction) -> np.ndarray:
-        """Rows whose targets are a multiple of the window length before the user's last training target."""
-        uid, target = rows[self.uid_field].numpy(), rows[TARGET_ROW].numpy()
-        last = np.zeros(self.user_num, dtype=np.int64)
-        np.maximum.at(last, uid, target)
-        return (last[uid] - target) % self.max_item_list_len == 0
+        return max(
+            1, round(TARGETS_PER_BATCH / self._target_counts(self.inter_feat[self.windows]).double().mean().item())
+        )
 
     def _is_longest(self, rows: Interaction) -> np.ndarray:
         """Rows of pre-split files that no other row of the same user goes on from."""

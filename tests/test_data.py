@@ -211,15 +211,16 @@ def test_benchmark_training_keeps_the_longest_row_of_each_user(presplit):
 def targets_of(batch) -> list:
     """(user, position-independent) pairs (previous item, target) that all-position training makes of a batch."""
     pairs = []
-    for user, items, length, last in zip(
+    for user, items, length, last, count in zip(
         batch["user_id"].tolist(),
         batch["item_id_list"].tolist(),
         batch["item_length"].tolist(),
         batch["item_id"].tolist(),
+        batch["target_count"].tolist(),
         strict=True,
     ):
         items = [*items[:length], last]
-        pairs += [(user, *pair) for pair in itertools.pairwise(items)]
+        pairs += [(user, *pair) for pair in itertools.pairwise(items)][-count:]
     return pairs
 
 
@@ -238,8 +239,12 @@ def test_all_positions_train_each_target_of_the_split_once(tmp_path, split, leng
     rows = stock[np.arange(len(stock))]
     previous = rows["item_id_list"].gather(1, rows["item_length"][:, None] - 1).squeeze(1)
     expected = zip(rows["user_id"].tolist(), previous.tolist(), rows["item_id"].tolist(), strict=True)
-    assert sorted(targets_of(ours[np.arange(len(ours))])) == sorted(expected)
+    batch = ours[np.arange(len(ours))]
+    assert sorted(targets_of(batch)) == sorted(expected)
     assert len(ours) < len(stock) or length == 1
+    # a target is predicted from at least half of what stock shows it: its history, up to the length
+    shown = batch["item_length"] - batch["target_count"] + 1
+    assert ((shown >= (length + 1) // 2) | (batch["item_length"] < length)).all()
 
 
 @pytest.mark.parametrize("targets", ["all", "last"])

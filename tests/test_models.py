@@ -48,7 +48,7 @@ def batch(n_items, length):
     items = torch.randint(1, n_items, (len(lengths), length), generator=generator)
     items[torch.arange(length) >= lengths[:, None]] = 0
     last = torch.randint(1, n_items, (len(lengths),), generator=generator)
-    return Interaction({"item_id_list": items, "item_length": lengths, "item_id": last})
+    return Interaction({"item_id_list": items, "item_length": lengths, "item_id": last, "target_count": lengths})
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -151,7 +151,10 @@ def test_all_targets_give_the_mean_over_all_prefixes(pair, attention):
 def test_next_items():
     items = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [9, 0, 0, 0], [5, 5, 5, 0]])
     expected = [[6, 7, 8, 1], [6, 2, 0, 0], [3, 0, 0, 0], [5, 5, 4, 0]]
-    assert next_items(items, torch.tensor([4, 2, 1, 3]), torch.tensor([1, 2, 3, 4])).tolist() == expected
+    lengths, last = torch.tensor([4, 2, 1, 3]), torch.tensor([1, 2, 3, 4])
+    assert next_items(items, lengths, last, lengths).tolist() == expected
+    expected = [[0, 0, 8, 1], [0, 2, 0, 0], [3, 0, 0, 0], [0, 5, 4, 0]]
+    assert next_items(items, lengths, last, torch.tensor([2, 1, 1, 2])).tolist() == expected
 
 
 @pytest.mark.parametrize("train_targets", ["all", "last"])

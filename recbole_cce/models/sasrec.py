@@ -14,6 +14,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import nn
 
+from recbole_cce.data import TARGET_COUNT
 from recbole_cce.layers import encode
 from recbole_cce.losses import LOSSES
 
@@ -54,7 +55,7 @@ class EfficientSASRec(SASRec):
         target = interaction[self.POS_ITEM_ID]
         if self.train_targets == "last":
             return self.loss(self.forward(item_seq, lengths), target, self.item_embedding.weight)
-        target = next_items(item_seq, lengths, target).flatten()
+        target = next_items(item_seq, lengths, target, interaction[TARGET_COUNT]).flatten()
         rows = target.nonzero().squeeze(1)  # waits for the device once a batch
         hidden = self.hidden_states(item_seq).flatten(0, 1)[rows]
         return self.loss(hidden, target[rows], self.item_embedding.weight)
@@ -98,10 +99,15 @@ class SASRecSCE(EfficientSASRec):
     """SASRec with scalable cross-entropy by default (`loss_type: SCE`, arXiv 2409.18721)."""
 
 
-def next_items(item_seq: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """The target of every position: the item after it, the row's held-out `last` [B] at the end, 0 on padding."""
+def next_items(item_seq: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The target of every position: the item after it, the row's held-out `last` [B] at the end, 0 on padding.
+
+    Only the last `count` [B] positions of a row have one: the others are trained in another row.
+    """
     target = torch.cat([item_seq[:, 1:], item_seq.new_zeros(len(item_seq), 1)], dim=1)
-    return target.scatter(1, (lengths - 1)[:, None], last[:, None])
+    target = target.scatter(1, (lengths - 1)[:, None], last[:, None])
+    position = torch.arange(item_seq.size(1), device=item_seq.device)
+    return target.masked_fill(position < (lengths - count)[:, None], 0)
 
 
 def item_counts(dataset: Any) -> torch.Tensor:

@@ -111,7 +111,7 @@ RECBOLE_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def validate(config: Mapping[str, Any]) -> None:
-    """Check every key above, and that RecBole draws no negatives for these models.
+    """Check every key above, and that RecBole neither draws negatives for these models nor changes their histories.
 
     Raises:
         ValueError: names the key, its value and the valid ones.
@@ -125,4 +125,9 @@ def validate(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"train_neg_sample_args: {negatives!r} is not valid; it takes ~ (nothing): the loss draws its own "
             "negatives, see num_negatives and negative_distribution"
+        )
+    if config.get("transform") not in (None, "None"):
+        raise ValueError(
+            f"transform: {config['transform']!r} is not valid; it takes ~ (nothing): every position predicts the next "
+            "item, so histories stay as they are, padded on the right"
         )

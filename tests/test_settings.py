@@ -94,6 +94,13 @@ def test_recboles_own_negatives_are_refused(tiny_config):
     Config("SASRecCCE", "tiny", config_dict={**tiny_config, "train_neg_sample_args": None})
 
 
+@pytest.mark.parametrize("transform", ["mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq"])
+def test_recboles_transforms_of_histories_are_refused(tiny_config, transform):
+    with pytest.raises(ValueError, match=rf"transform: '{transform}' is not valid; it takes ~ "):
+        Config("SASRecCCE", "tiny", config_dict={**tiny_config, "transform": transform})
+    Config("SASRecCCE", "tiny", config_dict={**tiny_config, "transform": None})
+
+
 def test_values_of_builtin_models_are_none_of_our_business(tiny_config):
     config = Config("SASRec", "tiny", config_dict={**tiny_config, "num_negatives": -1, "attention": "flash"})
     assert config["num_negatives"] == -1

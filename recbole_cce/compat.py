@@ -344,7 +344,6 @@ def pandas_fill_nan() -> str | None:
 
     module.Dataset._fill_nan = fill_nan
     module.pd = PandasWithFilledSequences("pandas")
-    warnings.filterwarnings("ignore", category=pd.errors.ChainedAssignmentError, module=r"recbole\.data\.")
     return f"pandas {pd.__version__} ignores fillna(inplace=True) on a column; missing values are assigned"
 
 
@@ -380,12 +379,16 @@ def pandas_sequence_lengths() -> str | None:
     return f"pandas {pd.__version__} aggregates a whole series; lengths of sequence fields are taken one by one"
 
 
-def pandas_read_only() -> str | None:
-    """Keep torch quiet about pandas 3's read-only arrays: RecBole makes tensors of them and writes to none."""
-    if pd.Series([0]).to_numpy().flags.writeable:
-        return None
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning, r"recbole\.data\.")
-    return f"pandas {pd.__version__} gives read-only arrays; torch's warning about them is off"
+def quiet_warnings() -> str | None:
+    """Keep warnings about RecBole's own code off the screen: a user can do nothing about them (not reported).
+
+    pandas and torch announce changes that the other repairs answer; pandas 3 hands out read-only arrays, and torch
+    warns about the tensors that RecBole makes of them and never writes to.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"recbole\.")
+    warnings.filterwarnings("ignore", category=pd.errors.ChainedAssignmentError, module=r"recbole\.")
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning, r"recbole\.")
+    return "warnings of pandas and torch about RecBole's code are off"
 
 
 def download_barrier() -> str | None:
@@ -450,7 +453,7 @@ REPAIRS: list[Callable[[], str | None]] = [
     safe_checkpoints,
     pandas_fill_nan,
     pandas_sequence_lengths,
-    pandas_read_only,
+    quiet_warnings,
     download_barrier,
     download_prompt,
     folders_of_workers,

@@ -70,7 +70,7 @@ def test_a_run_without_a_terminal(tiny_config, tmp_path):
     process = python(SCRIPT, "--dataset=tiny", "--config_files=tiny.yaml")
     assert process.returncode == 0, process.stderr
     assert re.search(r"test result.*'ndcg@10', \d\.\d+|test result.*'ndcg@10': \d\.\d+", process.stderr)
-    for noise in ("np.float64", "not writable", "ChainedAssignment", "Traceback"):
+    for noise in ("np.float64", "Warning", "Traceback"):
         assert noise not in process.stderr
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import itertools
 import json
 import os
+import re
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -110,6 +113,27 @@ def test_ray_that_works_is_left_alone(tmp_path):
     code = "import recbole_cce, recbole.quick_start.quick_start as q; print(q.tune.report())"
     process = python("-c", code, **fake_ray(tmp_path, "def report(**metrics): return 'the real one'"))
     assert process.stdout.strip() == "the real one", process.stderr
+
+
+def imports(file):
+    """Packages that a file imports when it is imported itself, outside of functions and try blocks."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def test_dependencies_are_what_recbole_imports():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = set(re.findall(r'"([\w-]+)', text.partition("dependencies = [")[2].partition("\n]\n")[0]))
+    imported = {name for file in Path(recbole.__file__).parent.rglob("*.py") for name in imports(file)}
+    imported -= {*sys.stdlib_module_names, "recbole", "ray"}
+    imported -= {"lightgbm", "xgboost"}  # models that RecBole itself leaves to the user
+    imported |= {"psutil", "thop"}  # imported inside functions that every run calls
+    listed_as = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+    # torch.utils.tensorboard wants tensorboard, thop wants distutils
+    assert listed == {listed_as.get(name, name) for name in imported} | {"tensorboard", "setuptools", "triton"}
 
 
 # NumPy, SciPy, hyperopt

@@ -43,14 +43,14 @@ def test_which_value_wins(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "PROPERTIES", tmp_path)
     (tmp_path / "dataset").mkdir()
     model, file = tmp_path / "SASRecCCE.yaml", tmp_path / "user.yaml"
-    keys = ["stopping_step", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "learning_rate", "seed", "epochs"]
+    keys = ["weight_decay", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "learning_rate", "seed", "epochs"]
     for depth, path in enumerate((model, tmp_path / "dataset" / "tiny.yaml", file), 1):
         text = registry.MODELS["SASRecCCE"].read_text() if path == model else ""
         path.write_text("\n".join([text, *(f"{key}: {depth}" for key in keys[depth:])]))
     monkeypatch.setitem(registry.MODELS, "SASRecCCE", model)
     monkeypatch.setattr(sys, "argv", ["script", "--epochs=5"])
     config = Config("SASRecCCE", "tiny", [str(file)], {"gpu_id": "", "seed": 4, "epochs": 4})
-    assert [config[key] for key in keys] == [10, 1, 2, 3, 4, 5]
+    assert [config[key] for key in keys] == [0.0, 1, 2, 3, 4, 5]
 
 
 def test_defaults_of_a_data_set_stay_out_of_builtin_models():

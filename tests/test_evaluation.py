@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from recbole.evaluator import collector as recbole_collector
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_cce import evaluation
 from recbole_cce.evaluation import auto_chunk_items, chunked_topk
 from tests.build import experiment
 from tests.conftest import write_inter
+from tests.memory import LargestOutput
 from tests.test_data import SPLITS, ranked_rows
 
 TOP_K = ["Recall", "MRR", "NDCG", "Hit", "Precision", "MAP"]
@@ -173,19 +173,6 @@ def test_topk_larger_than_the_catalogue(tiny_config):
 
 
 # Memory
-
-
-class LargestOutput(TorchDispatchMode):
-    """Remembers how many numbers the largest new tensor held."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple) else (output,):
-            if isinstance(tensor, torch.Tensor) and tensor._base is None:
-                self.numel = max(self.numel, tensor.numel())
-        return output
 
 
 @pytest.mark.parametrize("chunk", [40, "auto"])

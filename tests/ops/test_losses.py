@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_cce import ops
 from recbole_cce.ops import reference
 from recbole_cce.ops.reference import scalable_cross_entropy as scalable_reference
+from tests.memory import LargestOutput
 from tests.ops import naive
 from tests.ops.problems import SEED, Sampling, check, problem
 
@@ -240,19 +240,6 @@ def test_mixed_dtypes(op):
     loss = call(op, hidden, weight, target)
     loss.backward()
     assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
-
-
-class LargestOutput(TorchDispatchMode):
-    """Remembers how many numbers the largest new tensor held."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple) else (output,):
-            if isinstance(tensor, torch.Tensor) and tensor._base is None:
-                self.numel = max(self.numel, tensor.numel())
-        return output
 
 
 @pytest.mark.parametrize("op", OPS)

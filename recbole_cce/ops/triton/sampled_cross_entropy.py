@@ -248,7 +248,7 @@ def own_weight_gradient(
     num_rows, dim = grad_weight.shape
     num_negatives = drawing["num_negatives"]
     drawing |= {name: common[name] for name in ("num_items", "padding_idx", "POPULARITY")}
-    options = {name: value for name, value in common.items() if name not in ("num_negatives", "num_items")}
+    options = {name: value for name, value in common.items() if name != "num_items"}
     block, num_warps = run_blocks(dim)
     # enough for long runs, while the hidden states of these positions stay in the L2 cache
     pairs = min(max(16 * num_rows, 2**22), 2**25)
@@ -257,10 +257,11 @@ def own_weight_gradient(
         last = min(n, first + step)
         pairs = (last - first) * (num_negatives + 1)
         drawing |= {"first": first, "last": last, "BLOCK": 1024}
+        programs = (triton.cdiv(pairs, 1024),)
         order = torch.empty(pairs, dtype=torch.int32, device=grad_weight.device)
         if deterministic:
             rows = torch.empty_like(order)
-            pair_kernel[(triton.cdiv(pairs, 1024),)](**drawing, out_ptr=rows, order_ptr=None, MODE="rows")
+            pair_kernel[programs](**drawing, out_ptr=rows, order_ptr=None, MODE="rows")
             rows, index = rows.sort(stable=True)
             bounds = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
             bounds = torch.searchsorted(rows, bounds, out_int32=True)
@@ -269,11 +270,11 @@ def own_weight_gradient(
             order = torch.where(index % (num_negatives + 1) == num_negatives, ~position, position).int()
         else:
             count = torch.zeros(num_rows, dtype=torch.int32, device=order.device)
-            pair_kernel[(triton.cdiv(pairs, 1024),)](**drawing, out_ptr=count, order_ptr=None, MODE="count")
+            pair_kernel[programs](**drawing, out_ptr=count, order_ptr=None, MODE="count")
             end = count.cumsum(0, dtype=torch.int32)
             start = end - count
             free = start.clone()
-            pair_kernel[(triton.cdiv(pairs, 1024),)](**drawing, out_ptr=free, order_ptr=order, MODE="place")
+            pair_kernel[programs](**drawing, out_ptr=free, order_ptr=order, MODE="place")
         run_weight_gradient_kernel[(num_rows,)](
             **options,
             order_ptr=order,

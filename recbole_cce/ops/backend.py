@@ -38,7 +38,7 @@ def triton_unavailable(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int) -> str:
+def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype | None, ...], dim: int) -> str:
     """ "triton" or "torch" for an op on a device. Only `auto` falls back, with one log line for each op and reason.
 
     `auto` does not choose the interpreter, which is for tests.
@@ -54,6 +54,8 @@ def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtyp
     reason = triton_unavailable(device) if op in KERNELS else "this version has no Triton kernel for it"
     if reason is None and torch.float64 in dtypes:
         reason = "they have no fp64"
+    if reason is None and interpreted() and torch.bfloat16 in dtypes:
+        reason = "Triton's interpreter multiplies no bf16"
     if reason is None and dim > MAX_DIM:
         reason = f"they take at most {MAX_DIM} columns, input has {dim}"
     if reason is None:

@@ -61,7 +61,8 @@ def sampled_cross_entropy(
     """
     checks.check_inputs(input, weight, target, padding_idx, reduction)
     draws = make_draws(input, weight, num_negatives, sampler, sharing, logq_correction, seed, padding_idx)
-    chosen = backends.choose("sampled_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
+    dtypes = (input.dtype, weight.dtype, draws.rounding)
+    chosen = backends.choose("sampled_cross_entropy", backend, input.device, dtypes, input.size(1))
     if chosen == "triton":
         from recbole_cce.ops.triton import sampled_cross_entropy as kernels  # triton may be missing elsewhere
 

@@ -77,6 +77,13 @@ def test_kernels_in_the_interpreter():
             torch.use_deterministic_algorithms(True)
             check_kernels(n=n, sharing=sharing, popularity=True)
             torch.use_deterministic_algorithms(False)
+
+        # its products of bf16 are wrong numbers: refused, also where autocast rounds to it
+        import pytest
+        with pytest.raises(RuntimeError, match="interpreter multiplies no bf16"):
+            check_kernels(n=20, dtype=torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="no bf16"):
+            check_kernels(n=20)
         """,
         TRITON_INTERPRET="1",
     )

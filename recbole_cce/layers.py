@@ -7,7 +7,7 @@ is needed. Outputs at real positions equal RecBole's; outputs at padded position
 from __future__ import annotations
 
 import torch
-from recbole.model.layers import MultiHeadAttention, TransformerEncoder
+from recbole.model.layers import FeedForward, MultiHeadAttention, TransformerEncoder
 from torch.nn import functional as F
 
 
@@ -32,7 +32,7 @@ def encode(encoder: TransformerEncoder, embedded: torch.Tensor, valid: torch.Ten
     else:
         rows, hidden = None, embedded
     for layer in encoder.layer:
-        hidden = layer.feed_forward(attend(layer.multi_head_attention, hidden, valid.shape, rows))
+        hidden = feed_forward(layer.feed_forward, attend(layer.multi_head_attention, hidden, valid.shape, rows))
     return hidden if rows is None else unpack(hidden, valid.shape, rows)
 
 
@@ -57,6 +57,13 @@ def attend(
     if rows is not None:
         context = context.flatten(0, 1)[rows]
     return block.LayerNorm(block.out_dropout(block.dense(context)) + hidden)
+
+
+def feed_forward(block: FeedForward, hidden: torch.Tensor) -> torch.Tensor:
+    """RecBole's feed-forward block, its GELU as one operation instead of five."""
+    activation = F.gelu if block.intermediate_act_fn == block.gelu else block.intermediate_act_fn
+    inner = activation(block.dense_1(hidden))
+    return block.LayerNorm(block.dropout(block.dense_2(inner)) + hidden)
 
 
 def unpack(hidden: torch.Tensor, shape: torch.Size, rows: torch.Tensor) -> torch.Tensor:

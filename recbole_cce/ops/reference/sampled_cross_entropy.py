@@ -7,7 +7,7 @@ logits of a chunk are one batched product [G, M, D] x [G, K, D].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,35 @@ def logits(
         yield drawn, vectors, scores.masked_fill_(drawn[:, None, :] == chunk.target[:, :, None], -torch.inf)
 
 
+def counted_logits(
+    chunk: Chunk, weight: torch.Tensor, draws: Draws
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """As logits(), with each item once: exp(logit) is what all of its draws weigh together, 0 where it has none.
+
+    The same sum in fewer terms where there are more draws than items.
+    """
+    size = negatives_per_chunk(draws.num_negatives, weight.size(1))
+    num_items = len(weight) - (draws.padding_idx is not None)
+    drawn = negatives.draw_negatives(
+        draws.sampler, draws.seed, chunk.groups, draws.num_negatives, len(weight), draws.padding_idx
+    )
+    cells = drawn + torch.arange(len(drawn), device=weight.device)[:, None] * len(weight)
+    counts = torch.zeros(len(drawn) * len(weight), dtype=chunk.hidden.dtype, device=weight.device)
+    counts = counts.index_add_(0, cells.flatten(), counts.new_ones(()).expand(cells.numel())).view(len(drawn), -1)
+    for items in torch.arange(num_items, device=weight.device).split(size):
+        rows = negatives.to_rows(items, draws.padding_idx)
+        vectors = reference.read(weight[rows], draws.rounding, chunk.hidden.dtype).expand(len(counts), -1, -1)
+        offset = counts[:, rows].log()
+        if draws.logq_correction:
+            offset -= draws.sampler.log_q(items, num_items) + math.log(draws.num_negatives)
+        scores = torch.baddbmm(offset[:, None, :], chunk.hidden, vectors.transpose(1, 2))
+        own = negatives.to_items(chunk.target, draws.padding_idx) - items[0]
+        inside = (own >= 0) & (own < len(items))
+        own = own.where(inside, 0)[:, :, None]
+        scores.scatter_(2, own, scores.gather(2, own).masked_fill_(inside[:, :, None], -torch.inf))
+        yield rows.expand(len(counts), -1), vectors, scores
+
+
 def sampled_cross_entropy(
     input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws
 ) -> torch.Tensor:
@@ -124,7 +153,7 @@ class SampledCrossEntropy(torch.autograd.Function):
             for chunk in chunks(input, target, draws, dtype):
                 positive = positive_logits(chunk, weight, draws)
                 top, mass = positive, torch.ones_like(positive)
-                for _, _, scores in logits(chunk, weight, draws):
+                for _, _, scores in softmax_logits(weight, draws)(chunk, weight, draws):
                     top, mass = reference.add_logits(top, mass, scores)
                 largest[chunk.slots], total[chunk.slots] = top, mass
                 loss[chunk.slots] = mass.log() + (top - positive)
@@ -147,7 +176,13 @@ class SampledCrossEntropy(torch.autograd.Function):
                 return (positive - top - mass.log()).expm1()
             return scores.sub_(top[:, :, None]).exp_().div_(mass[:, :, None])
 
-        return *gradients(ctx.needs_input_grad, input, weight, target, ctx.draws, grad, slopes), None, None
+        terms = softmax_logits(weight, ctx.draws)
+        return *gradients(ctx.needs_input_grad, input, weight, target, ctx.draws, grad, terms, slopes), None, None
+
+
+def softmax_logits(weight: torch.Tensor, draws: Draws) -> Callable[..., Iterator[tuple[torch.Tensor, ...]]]:
+    """The shorter way to go through the negatives of a softmax."""
+    return counted_logits if draws.num_negatives > len(weight) else logits
 
 
 def positive_logits(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -162,9 +197,11 @@ def gradients(
     target: torch.Tensor,
     draws: Draws,
     grad: torch.Tensor,
-    slopes: Any,
+    terms: Callable[..., Iterator[tuple[torch.Tensor, ...]]],
+    slopes: Callable[..., torch.Tensor],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of input and weight, given `slopes`: d loss / d logit of the positive or of a chunk of negatives."""
+    """Gradients of input and weight, given `terms`, which goes through the negatives, and `slopes`: d loss / d
+    logit of the positive or of a chunk of negatives, in a tensor of its own."""
     dtype = reference.math_dtype(input, weight)
     if draws.padding_idx is not None:
         grad = grad.masked_fill(target == draws.padding_idx, 0)
@@ -177,8 +214,8 @@ def gradients(
             own = (slopes(chunk, positive_logits(chunk, weight, draws), None) * scale)[:, :, None]
             if needed[0]:
                 grad_input[chunk.slots] = own * reference.read(weight[chunk.target], draws.rounding, dtype)
-            for drawn, vectors, scores in logits(chunk, weight, draws):
-                slope = slopes(chunk, None, scores) * scale[:, :, None]
+            for drawn, vectors, scores in terms(chunk, weight, draws):
+                slope = slopes(chunk, None, scores).mul_(scale[:, :, None])
                 if needed[0]:
                     grad_input[chunk.slots] += slope @ vectors
                 if needed[1]:
@@ -233,4 +270,9 @@ class SampledBinaryCrossEntropy(torch.autograd.Function):
             return -ctx.positive_weight * (-positive).sigmoid() if scores is None else scores.sigmoid()
 
         grad = grad / (ctx.draws.num_negatives + 1)
-        return *gradients(ctx.needs_input_grad, input, weight, target, ctx.draws, grad, slopes), None, None, None
+        return (
+            *gradients(ctx.needs_input_grad, input, weight, target, ctx.draws, grad, logits, slopes),
+            None,
+            None,
+            None,
+        )

@@ -386,6 +386,8 @@ def quiet_warnings() -> str | None:
     warns about the tensors that RecBole makes of them and never writes to.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"recbole\.")
+    # of its files, where they are compiled for the first time by Python 3.12 and later
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*[/\\]recbole[/\\]")
     warnings.filterwarnings("ignore", category=pd.errors.ChainedAssignmentError, module=r"recbole\.")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning, r"recbole\.")
     return "warnings of pandas and torch about RecBole's code are off"
@@ -443,6 +445,7 @@ def collector_keeps_counters() -> str | None:
 
 
 REPAIRS: list[Callable[[], str | None]] = [
+    quiet_warnings,  # first: the next ones import RecBole's files
     numpy_aliases,
     plain_metrics,
     scipy_update,
@@ -453,7 +456,6 @@ REPAIRS: list[Callable[[], str | None]] = [
     safe_checkpoints,
     pandas_fill_nan,
     pandas_sequence_lengths,
-    quiet_warnings,
     download_barrier,
     download_prompt,
     folders_of_workers,

@@ -100,7 +100,7 @@ def fake_ray(folder, tune):
     (folder / "ray").mkdir()
     (folder / "ray" / "__init__.py").write_text("")
     (folder / "ray" / "tune.py").write_text(tune)
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def test_ray_that_cannot_be_imported(tmp_path):

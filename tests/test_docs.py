@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -103,10 +104,10 @@ def test_model_of_the_page_runs(tmp_path):
     for name in ("gru4rec_cce.py", "GRU4RecCCE.yaml", "run.py"):
         (tmp_path / name).write_text(block_after(ADDING, f"`{name}`:"))
     (command,) = [line for line in commands(ADDING) if line.startswith("python run.py")]
-    path = {"PYTHONPATH": str(Path(recbole_cce.__file__).parent.parent)}
+    path = os.pathsep.join([str(Path(recbole_cce.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     command = command.replace("--epochs=20", "--epochs=1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(*path.popitem())
+        patch.setenv("PYTHONPATH", path)
         output = run(command, tmp_path, FEW_USERS, *SHORT)
     assert metric(output, "ndcg@5") > 0
     assert "GRU4RecCCE" in output

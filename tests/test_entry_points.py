@@ -26,6 +26,7 @@ SETTINGS = {
     "state": "ERROR",
     "show_progress": False,
     "epochs": 2,
+    "learning_rate": 0.001,
     "hidden_size": 16,
     "inner_size": 32,
     "MAX_ITEM_LIST_LENGTH": 8,

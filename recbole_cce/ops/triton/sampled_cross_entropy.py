@@ -312,6 +312,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.num_negatives, ctx.sharing, ctx.logq_correction, ctx.padding_idx, ctx.dtype, _ = inputs
     _, lse, slope, ctx.direction = output
     ctx.mark_non_differentiable(lse, slope, ctx.direction)
+    ctx.set_materialize_grads(False)  # torch would fill an [N, D] tensor with zeros for the direction
     ctx.save_for_backward(*tensors, lse, slope)
 
 

@@ -192,6 +192,7 @@ def median_ms(function: Callable[[], Any], before: Callable[[], Any], seconds: f
 def measure(make: Callable, shape: Shape, seconds: float) -> dict[str, float | str]:
     """Times in ms and memory in MiB of one implementation, or why there are none."""
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # 64 MiB that a peer before may have left, and that count as memory
     torch.cuda.empty_cache()
     try:
         return measure_times_and_memory(make, shape, seconds)

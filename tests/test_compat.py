@@ -345,3 +345,11 @@ def test_builtin_models_train_as_in_stock_recbole(tiny_config):
         assert mine[1] == theirs[1]
         assert mine[0] == theirs[0]
         assert mine[0]["test_result"]["hit@10"] > 0
+
+
+@pytest.mark.parametrize(("file", "shown"), [("/x/site-packages/recbole/model/a.py", False), ("/x/mine/a.py", True)])
+def test_syntax_warnings_of_recbole_alone_are_off(file, shown):
+    """Python 3.12 and later warn where they compile some of its files for the first time."""
+    process = python("-c", f"import recbole_cce; compile('1 is 1', {file!r}, 'exec')")
+    assert process.returncode == 0, process.stderr
+    assert ("SyntaxWarning" in process.stderr) == shown

@@ -132,6 +132,14 @@ def counted_logits(
         yield rows.expand(len(counts), -1), vectors, scores
 
 
+def softmax_logits(
+    chunk: Chunk, weight: torch.Tensor, draws: Draws
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The shorter of the two ways through the negatives of a softmax."""
+    terms = counted_logits if draws.num_negatives > len(weight) else logits
+    return terms(chunk, weight, draws)
+
+
 def sampled_cross_entropy(
     input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws
 ) -> torch.Tensor:
@@ -153,7 +161,7 @@ class SampledCrossEntropy(torch.autograd.Function):
             for chunk in chunks(input, target, draws, dtype):
                 positive = positive_logits(chunk, weight, draws)
                 top, mass = positive, torch.ones_like(positive)
-                for _, _, scores in softmax_logits(weight, draws)(chunk, weight, draws):
+                for _, _, scores in softmax_logits(chunk, weight, draws):
                     top, mass = reference.add_logits(top, mass, scores)
                 largest[chunk.slots], total[chunk.slots] = top, mass
                 loss[chunk.slots] = mass.log() + (top - positive)
@@ -176,13 +184,8 @@ class SampledCrossEntropy(torch.autograd.Function):
                 return (positive - top - mass.log()).expm1()
             return scores.sub_(top[:, :, None]).exp_().div_(mass[:, :, None])
 
-        terms = softmax_logits(weight, ctx.draws)
-        return *gradients(ctx.needs_input_grad, input, weight, target, ctx.draws, grad, terms, slopes), None, None
-
-
-def softmax_logits(weight: torch.Tensor, draws: Draws) -> Callable[..., Iterator[tuple[torch.Tensor, ...]]]:
-    """The shorter way to go through the negatives of a softmax."""
-    return counted_logits if draws.num_negatives > len(weight) else logits
+        needed = ctx.needs_input_grad
+        return *gradients(needed, input, weight, target, ctx.draws, grad, softmax_logits, slopes), None, None
 
 
 def positive_logits(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> torch.Tensor:

@@ -8,6 +8,7 @@ rows, so each split holds the rows it holds in stock RecBole.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,18 @@ class LeanSequentialDataset(SequentialDataset):
         return max(
             1, round(TARGETS_PER_BATCH / self._target_counts(self.inter_feat[self.windows]).double().mean().item())
         )
+
+    def target_capacity(self, rows: int) -> int | None:
+        """Targets that a batch of `rows` random rows practically never exceeds: six deviations above their mean.
+
+        None where each row has one.
+        """
+        if self.windows is None:
+            return None
+        counts = self._target_counts(self.inter_feat[self.windows]).double()
+        deviation = counts.std(correction=0) * rows**0.5
+        most = counts.topk(min(rows, len(counts))).values.sum()
+        return math.ceil(min(rows * counts.mean() + 6 * deviation, most))
 
     def _is_longest(self, rows: Interaction) -> np.ndarray:
         """Rows of pre-split files that no other row of the same user goes on from."""

@@ -84,6 +84,7 @@ KEYS: dict[str, Key] = {
     "train_targets": Key("targets: every position, or the last as in RecBole", *_one_of("all", "last")),
     "attention": Key("attention implementation", *_one_of("auto", "sdpa", "packed", "recbole")),
     "amp_dtype": Key("autocast dtype of training; auto: bfloat16 on GPUs that have it", *_one_of(*DTYPES)),
+    "cuda_graph": Key("launch a training step as one CUDA graph; auto: small ones", *_one_of("auto", True, False)),
     "adam_betas": Key("beta1 and beta2 of adam and adamw", "two numbers in [0, 1), such as [0.9, 0.98]", _betas),
     "eval_chunk_items": Key("items scored at a time in full ranking", *_integer(1, auto=True)),
 }

@@ -17,15 +17,20 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
 from recbole_cce.compat import checkpoint_state
+from recbole_cce.cuda_graph import GraphedStep
+from recbole_cce.data import TARGET_COUNT
 from recbole_cce.evaluation import TopK, auto_chunk_items, chunked_topk
+
+# of cuda_graph: auto; a larger step computes for longer than Python takes to launch it
+MAX_GRAPHED_POSITIONS = 2**17
 
 
 class EfficientTrainer(Trainer):
     """Trainer of SASRecCCE and SASRecSCE.
 
     What differs from RecBole's: autocast in `amp_dtype`, gradients unscaled before they are clipped, no wait of its
-    own for the device in a step, checkpoints from which a run goes on exactly, full ranking in chunks of
-    `eval_chunk_items`, metrics over the users of all processes.
+    own for the device in a step, small steps launched as one CUDA graph (`cuda_graph`), checkpoints from which a run
+    goes on exactly, full ranking in chunks of `eval_chunk_items`, metrics over the users of all processes.
 
     Of a model it needs, besides what RecBole's does: `loss`, one of losses.LOSSES, `item_embedding`, and `forward` of
     lists and lengths that gives vectors whose inner products with `item_embedding` are the scores.
@@ -46,6 +51,7 @@ class EfficientTrainer(Trainer):
         if self.distributed:
             # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
             self.distributed_model.broadcast_buffers = False
+        self.graphed_step: GraphedStep | None = None
         self.train_generator: torch.Generator | None = None
         self.random_states: list[dict[str, Any]] = []  # of each process
         self.resumed: dict[str, Any] | None = None
@@ -53,6 +59,10 @@ class EfficientTrainer(Trainer):
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super()._build_optimizer(**kwargs)
+        if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and self.device.type == "cuda":
+            for group in optimizer.param_groups:
+                group["fused"] = True  # one kernel, which passes once over the item table and its moments
+            optimizer = type(optimizer)(optimizer.param_groups, fused=True)
         betas = self.config["adam_betas"]
         if betas is not None:
             for group in optimizer.param_groups:
@@ -84,18 +94,14 @@ class EfficientTrainer(Trainer):
             desc=set_color(f"Train {epoch_idx:>5}", "pink"),
             disable=not show_progress,
         )
+        if self.graphed_step is None and self._wants_graph(train_data):
+            self.graphed_step = self._make_graphed_step(train_data, loss_func)
         losses = []
         for interaction in progress:
-            interaction = interaction.to(self.device)
-            self.optimizer.zero_grad()
-            if self.distributed:
-                self.set_reduce_hook()
-            with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype != torch.float32):
-                loss = loss_func(interaction)
-            losses.append(loss.detach())
-            if self.distributed:
-                loss = loss + self.sync_grad_loss()
-            self.scaler.scale(loss).backward()
+            if self.graphed_step:
+                losses.append(self.graphed_step(interaction))
+            else:
+                losses.append(self._forward_backward(loss_func, interaction.to(self.device)))
             if self.clip_grad_norm:
                 self.scaler.unscale_(self.optimizer)
                 clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
@@ -114,6 +120,49 @@ class EfficientTrainer(Trainer):
             )
             self.tensorboard.add_scalar(f"Loss/{name}", value, epoch_idx)
         return losses.sum().item()
+
+    def _forward_backward(
+        self, loss_func: Callable[[Interaction], torch.Tensor], interaction: Interaction
+    ) -> torch.Tensor:
+        """The loss of a batch on the device, its gradients in the parameters."""
+        self.optimizer.zero_grad()
+        if self.distributed:
+            self.set_reduce_hook()
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype != torch.float32):
+            loss = loss_func(interaction)
+        with_hook = loss + self.sync_grad_loss() if self.distributed else loss
+        self.scaler.scale(with_hook).backward()
+        return loss.detach()
+
+    def _wants_graph(self, train_data: Any) -> bool:
+        """What `cuda_graph` means here.
+
+        Raises:
+            ValueError: it is True where a step cannot be captured.
+        """
+        wanted = self.config["cuda_graph"]
+        obstacles = {
+            f"on {self.device.type}": self.device.type != "cuda",
+            "with several processes": self.distributed,
+            f"with attention: {self.config['attention']}": self.config["attention"] == "packed",
+        }
+        for obstacle, present in obstacles.items():
+            if present and wanted is True:
+                raise ValueError(f"cuda_graph: True is not valid {obstacle}; it takes auto or False there")
+        positions = train_data.batch_size * self.config["MAX_ITEM_LIST_LENGTH"]
+        return wanted is True or (
+            wanted == "auto" and not any(obstacles.values()) and positions <= MAX_GRAPHED_POSITIONS
+        )
+
+    def _make_graphed_step(self, train_data: Any, loss_func: Callable[[Interaction], torch.Tensor]) -> GraphedStep:
+        rows = min(train_data.batch_size, len(train_data.dataset))
+        return GraphedStep(
+            self.model,
+            lambda interaction: self._forward_backward(loss_func, interaction),
+            rows,
+            train_data.dataset.target_capacity(rows),
+            TARGET_COUNT,
+        )
 
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> tuple[float, dict[str, float]]:
         """As RecBole's; after resume_checkpoint, data order and random numbers go on where they stopped."""

@@ -35,6 +35,8 @@ class EfficientSASRec(SASRec):
         self.loss_type = config["loss_type"]
         self.train_targets = config["train_targets"]
         self.attention = config["attention"]
+        # places for the targets of a batch where their number must not depend on it: see cuda_graph.py
+        self.target_capacity: int | None = None
         self.loss: nn.Module = LOSSES[self.loss_type](config, item_counts(dataset))
         self.catalogue = fingerprint(dataset.field2id_token[self.ITEM_ID])
         self.other_parameter_name = ["catalogue"]
@@ -51,12 +53,16 @@ class EfficientSASRec(SASRec):
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The loss of `loss_type`, averaged over the targets of the batch."""
-        item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        item_seq = interaction[self.ITEM_SEQ]
+        lengths = interaction[self.ITEM_SEQ_LEN].clamp(min=1)  # a row of padding has none
         target = interaction[self.POS_ITEM_ID]
         if self.train_targets == "last":
             return self.loss(self.forward(item_seq, lengths), target, self.item_embedding.weight)
         target = next_items(item_seq, lengths, target, interaction[TARGET_COUNT]).flatten()
-        rows = target.nonzero().squeeze(1)  # waits for the device once a batch
+        if self.target_capacity is None:
+            rows = target.nonzero().squeeze(1)  # waits for the device once a batch
+        else:
+            rows = (target == 0).to(torch.uint8).argsort(stable=True)[: self.target_capacity]
         hidden = self.hidden_states(item_seq).flatten(0, 1)[rows]
         return self.loss(hidden, target[rows], self.item_embedding.weight)
 

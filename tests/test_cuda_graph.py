@@ -1,0 +1,145 @@
+"""Steps captured in a CUDA graph against the same steps launched one kernel at a time; batches of a fixed size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recbole.data.interaction import Interaction
+
+from recbole_cce import cuda_graph
+from recbole_cce.losses import LOSSES
+from tests.build import experiment
+from tests.test_trainer import assert_same, fit, state
+
+EXACT = {"loss_type": "CCE", "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "amp_dtype": "float32"}
+GPU = {"use_gpu": True, "gpu_id": "0"}
+
+
+def padded(batch, rows):
+    """The batch with rows of zeros after it."""
+    return Interaction(
+        {
+            field: torch.cat([values, values.new_zeros(rows - len(values), *values.shape[1:])])
+            for field, values in batch.interaction.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("train_targets", ["all", "last"])
+def test_a_batch_of_fixed_size_has_the_same_loss_and_gradients(tiny_config, train_targets):
+    run = experiment("SASRecCCE", {**tiny_config, **EXACT, "train_targets": train_targets})
+    run.model.double().eval()
+    batch = next(iter(run.train))
+    results = []
+    for capacity, interaction in ((None, batch), (200, padded(batch, len(batch) + 9))):
+        run.model.target_capacity = capacity
+        run.model.zero_grad()
+        loss = run.model.calculate_loss(interaction)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in run.model.parameters())])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+def test_target_capacity(tiny_config):
+    """No random batch has more targets, and the places are not many more than those of the largest of them."""
+    train = experiment("SASRecCCE", {**tiny_config, "train_batch_size": 8}).train
+    counts = [int(batch["target_count"].sum()) for _ in range(500) for batch in train if len(batch) == 8]
+    assert max(counts) <= train.dataset.target_capacity(8) <= 1.5 * max(counts)
+    every = sum(int(batch["target_count"].sum()) for batch in train)
+    assert train.dataset.target_capacity(len(train.dataset)) == every
+    last = experiment("SASRecCCE", {**tiny_config, "train_targets": "last"}).train
+    assert last.dataset.target_capacity(8) is None
+
+
+def test_where_a_step_cannot_be_captured(tiny_config):
+    run = experiment("SASRecCCE", {**tiny_config, "cuda_graph": True})
+    with pytest.raises(ValueError, match="cuda_graph: True is not valid on cpu; it takes auto or False there"):
+        fit(run)
+    run = experiment("SASRecCCE", tiny_config)
+    fit(run)
+    assert run.trainer.graphed_step is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "settings", [{"attention": "packed"}, {"cuda_graph": False}, {"train_batch_size": 2**15}], ids=str
+)
+def test_where_auto_captures_nothing(tiny_config, settings):
+    run = experiment("SASRecCCE", {**tiny_config, **GPU, **settings})
+    fit(run)
+    assert run.trainer.graphed_step is None
+    if "attention" in settings:
+        run = experiment("SASRecCCE", {**tiny_config, **GPU, **settings, "cuda_graph": True})
+        with pytest.raises(ValueError, match="cuda_graph: True is not valid with attention: packed"):
+            fit(run)
+
+
+def trained(settings, captured):
+    """A finished run, the sum of its losses in each epoch, and the random numbers it left."""
+    run = experiment("SASRecCCE", settings)
+    fit(run)
+    step = run.trainer.graphed_step
+    assert (step is not None and step.graph is not None) == captured
+    return run, torch.tensor(list(run.trainer.train_loss_dict.values())), torch.cuda.get_rng_state()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("settings", [{}, {"train_targets": "last"}, {"clip_grad_norm": {"max_norm": 0.1}}], ids=str)
+def test_training_is_the_same_to_rounding(tiny_config, settings):
+    """Against steps of exact size, without padding: nothing of a batch is left over in the next one."""
+    settings = {**tiny_config, **GPU, **EXACT, "epochs": 6, "learning_rate": 0.01, **settings}
+    launched, expected, _ = trained({**settings, "cuda_graph": False}, captured=False)
+    run, losses, _ = trained(settings, captured=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+    for name, value in launched.model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=0.01, atol=0.003)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_random_numbers_are_those_of_the_uncaptured_step(tiny_config, monkeypatch, loss_type, backend, amp_dtype):
+    """Dropout, negatives and directions; another set in each step."""
+    settings = {**tiny_config, **GPU, "loss_type": loss_type, "loss_backend": backend, "amp_dtype": amp_dtype}
+    settings |= {"epochs": 4, "learning_rate": 0.01}
+    run, losses, random_state = trained(settings, captured=True)
+    batch = next(iter(run.train))
+    assert len({run.trainer.graphed_step(batch).item() for _ in range(3)}) == 3, "the same random numbers again"
+    assert run.model.target_capacity is None
+    monkeypatch.setattr(cuda_graph, "WARM_UP_STEPS", 10**6)
+    _, expected, expected_random_state = trained(settings, captured=False)
+    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
+    assert torch.equal(random_state, expected_random_state)
+
+
+@pytest.mark.cuda
+def test_a_batch_that_does_not_fit_is_trained_uncaptured(tiny_config, monkeypatch):
+    settings = {**tiny_config, **GPU, **EXACT, "epochs": 6, "learning_rate": 0.01}
+    _, expected, _ = trained({**settings, "cuda_graph": False}, captured=False)
+    run = experiment("SASRecCCE", settings)
+    counts = sorted(int(batch["target_count"].sum()) for batch in run.train)
+    monkeypatch.setattr(type(run.train.dataset), "target_capacity", lambda *_: (counts[0] + counts[-1]) // 2)
+    _, losses, _ = trained(settings, captured=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.cuda
+def test_a_run_resumes_bit_for_bit(tiny_config):
+    settings = {**tiny_config, **GPU, "epochs": 4, "learning_rate": 0.01, "reproducibility": True}
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole = experiment("SASRecCCE", settings)
+        fit(whole)
+        expected = state(whole)
+        first = experiment("SASRecCCE", settings)
+        first.trainer.epochs = 2
+        fit(first)
+        second = experiment("SASRecCCE", {**settings, "seed": 1})
+        second.trainer.resume_checkpoint(first.trainer.saved_model_file)
+        fit(second)
+        assert second.trainer.graphed_step.graph is not None
+        assert_same(state(second), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)

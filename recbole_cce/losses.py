@@ -24,7 +24,13 @@ from recbole_cce.ops.sampled_binary_cross_entropy import gbce_beta
 
 class Loss(nn.Module):
     """Base of all losses. `config`: the keys of recbole_cce/settings.py. `counts` [V]: how often each real item is
-    a training target. Holds no parameters, so that state dicts stay those of RecBole's SASRec."""
+    a training target. Holds no parameters, so that state dicts stay those of RecBole's SASRec.
+
+    Attributes:
+        capturable: whether a CUDA graph can hold it: no size depends on values, nothing waits for the device.
+    """
+
+    capturable = True
 
     def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
         super().__init__()
@@ -119,6 +125,8 @@ class CEMinus(SampledLoss):
 
 class SCE(Loss):
     """Scalable cross-entropy over random-projection buckets (arXiv 2409.18721): ops.scalable_cross_entropy."""
+
+    capturable = False  # the sizes of buckets follow from the number of targets
 
     def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
         super().__init__(config, counts)

@@ -22,7 +22,7 @@ from recbole_cce.data import TARGET_COUNT
 from recbole_cce.evaluation import TopK, auto_chunk_items, chunked_topk
 
 # of cuda_graph: auto; a larger step computes for longer than Python takes to launch it
-MAX_GRAPHED_POSITIONS = 2**17
+MAX_GRAPHED_POSITIONS = 2**18
 
 
 class EfficientTrainer(Trainer):
@@ -145,6 +145,7 @@ class EfficientTrainer(Trainer):
             f"on {self.device.type}": self.device.type != "cuda",
             "with several processes": self.distributed,
             f"with attention: {self.config['attention']}": self.config["attention"] == "packed",
+            f"with loss_type: {self.config['loss_type']}": not self.model.loss.capturable,
         }
         for obstacle, present in obstacles.items():
             if present and wanted is True:

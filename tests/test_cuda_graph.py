@@ -63,16 +63,22 @@ def test_where_a_step_cannot_be_captured(tiny_config):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    "settings", [{"attention": "packed"}, {"cuda_graph": False}, {"train_batch_size": 2**15}], ids=str
+    "settings",
+    [{"attention": "packed"}, {"loss_type": "SCE"}, {"cuda_graph": False}, {"train_batch_size": 2**18}],
+    ids=str,
 )
 def test_where_auto_captures_nothing(tiny_config, settings):
     run = experiment("SASRecCCE", {**tiny_config, **GPU, **settings})
     fit(run)
     assert run.trainer.graphed_step is None
-    if "attention" in settings:
-        run = experiment("SASRecCCE", {**tiny_config, **GPU, **settings, "cuda_graph": True})
-        with pytest.raises(ValueError, match="cuda_graph: True is not valid with attention: packed"):
-            fit(run)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("key", "value"), [("attention", "packed"), ("loss_type", "SCE")])
+def test_what_no_graph_can_hold(tiny_config, key, value):
+    run = experiment("SASRecCCE", {**tiny_config, **GPU, key: value, "cuda_graph": True})
+    with pytest.raises(ValueError, match=f"cuda_graph: True is not valid with {key}: {value}"):
+        fit(run)
 
 
 def trained(settings, captured):
@@ -93,12 +99,13 @@ def test_training_is_the_same_to_rounding(tiny_config, settings):
     run, losses, _ = trained(settings, captured=True)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
     for name, value in launched.model.state_dict().items():
-        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=0.01, atol=0.003)
+        if not name.endswith("key.bias"):  # it adds the same to all logits of a query: its gradient is all rounding
+            torch.testing.assert_close(run.model.state_dict()[name], value, rtol=0.01, atol=0.003, msg=name)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", [name for name, loss in LOSSES.items() if loss.capturable])
 @pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
 def test_random_numbers_are_those_of_the_uncaptured_step(tiny_config, monkeypatch, loss_type, backend, amp_dtype):
     """Dropout, negatives and directions; another set in each step."""

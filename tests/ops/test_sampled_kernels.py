@@ -97,36 +97,65 @@ POINTERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
-@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient", "own_forward", "pair", "run_weight_gradient"])
-def test_kernels_compile(name, capability):
+def compile_for(name, capability, pointers=POINTERS, options=None, divisible=(), **constants):
+    """A kernel for a chip that need not be here."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from recbole_cce.ops.triton import sampled_cross_entropy as kernels
 
-    bf16 = triton.language.bfloat16
-    constants = {
-        "D": 48, "BD": 64, "BM": 64, "BK": 32, "BP": 16, "BLOCK": 256, "DTYPE": bf16, "PRECISION": "ieee",
-        "POPULARITY": True, "CORRECT": True, "DIRECTION": True, "ATOMIC": True, "MODE": "place",
-    }  # fmt: skip
     kernel = getattr(kernels, f"{name}_kernel")
+    constants = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
     signature = {
         argument: "constexpr"
         if argument in constants
-        else POINTERS.get(argument, "fp32" if argument == "log_k" else "i32")
+        else pointers.get(argument, "fp32" if argument == "log_k" else "i32")
         for argument in kernel.arg_names
     }
     constexprs = {(i,): constants[a] for i, a in enumerate(kernel.arg_names) if a in constants}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in divisible}
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # it names constants, and knows no sm_100
-        if capability == 100:
+        if capability == 100 or divisible:
             pytest.skip("needs Triton 3.3")
-        constexprs = {a: constants[a] for a in kernel.arg_names if a in constants}
+        constexprs = constants
         signature = {a: dtype for a, dtype in signature.items() if a not in constexprs}
-    source = ASTSource(kernel, signature, constexprs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"]
+        source = ASTSource(kernel, signature, constexprs)
+    else:
+        source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient", "own_forward", "pair", "run_weight_gradient"])
+def test_kernels_compile(name, capability):
+    language = pytest.importorskip("triton").language
+    constants = {
+        "D": 48, "BD": 64, "BM": 64, "BK": 32, "BP": 16, "BLOCK": 256, "DTYPE": language.bfloat16, "PRECISION": "ieee",
+        "POPULARITY": True, "CORRECT": True, "DIRECTION": True, "ATOMIC": True, "MODE": "place", "HALVES": True,
+    }  # fmt: skip
+    assert compile_for(name, capability, **constants).asm["cubin"]
+
+
+@pytest.mark.parametrize("hidden", ["*bf16", "*fp32"], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [256, 512])
+@pytest.mark.parametrize(("capability", "shared_memory"), [(80, 166912), (90, 232448)], ids=["sm_80", "sm_90"])
+def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden):
+    """As they are launched under autocast, whose layer norm leaves hidden states in fp32: what the compiler takes."""
+    language = pytest.importorskip("triton").language
+    from recbole_cce.ops.triton.sampled_cross_entropy import tile_blocks
+
+    pointers = POINTERS | {"h_ptr": hidden, "direction_ptr": hidden}
+    for name in ("tile_forward", "tile_weight_gradient"):
+        blocks = tile_blocks(128, dim, 2, shared_memory, gradient=name != "tile_forward")
+        compiled = compile_for(
+            name, capability, pointers, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
+            divisible=[*pointers, "stride_hn", "stride_wn"],
+            D=dim, BD=dim, BM=blocks.positions, BK=blocks.negatives, HALVES=blocks.halves, DTYPE=language.bfloat16,
+            PRECISION="ieee", POPULARITY=False, CORRECT=True, DIRECTION=True, ATOMIC=True, stride_hd=1, stride_wd=1,
+            stride_y=1, stride_grad=1, table_ptr=None, log_q_ptr=None, row_ptr=None, unit_ptr=None,
+        )  # fmt: skip
+        assert compiled.metadata.shared <= shared_memory, name
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -145,6 +174,12 @@ def test_blocks_fit_the_chip(itemsize, shared_memory):
             assert operands + blocks.negatives * width * 4 * (blocks.num_stages - 1) <= shared_memory
             sums = blocks.positions * width / (32 * blocks.num_warps)
             assert sums <= 128  # fp32 registers of a thread, of 255
+            blocks = tile_blocks(depth, dim, itemsize, shared_memory, gradient=True)
+            assert min(16, blocks.positions, blocks.negatives) == 16
+            assert blocks.positions < 2 * max(16, depth)
+            product = blocks.negatives * width / (1 + blocks.halves)
+            assert product / (32 * blocks.num_warps) <= 128
+            assert blocks.positions * width * itemsize + product * 4 <= shared_memory
         draws, num_warps = own_blocks(dim)
         assert draws >= 16 and draws * padded(dim) / (32 * num_warps) <= 64
 
@@ -252,8 +287,9 @@ def test_deterministic_runs_are_bit_equal(sharing, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_autocast_rounds_rows_and_keeps_gradients_in_fp32(sharing):
-    hidden, weight, target = problem(n=300, d=64, device="cuda")
+@pytest.mark.parametrize("d", [64, 256, 512])
+def test_autocast_rounds_rows_and_keeps_gradients_in_fp32(sharing, d):
+    hidden, weight, target = problem(n=300, d=d, scale=(64 / d) ** 0.25, device="cuda")
     rounded = gradients(hidden.bfloat16().float(), weight.bfloat16().float(), target, sharing=sharing)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         ours = gradients(hidden, weight, target, sharing=sharing)

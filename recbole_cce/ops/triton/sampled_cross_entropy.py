@@ -30,33 +30,44 @@ class Blocks:
     negatives: int
     num_warps: int
     num_stages: int
+    halves: bool = False
 
 
-def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int) -> Blocks:
-    """The largest blocks, in order of preference, whose tiles fit in shared memory.
+def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradient: bool = False) -> Blocks:
+    """The first blocks, in order of preference, whose tiles fit in shared memory.
 
     Args:
         depth: positions that share a draw.
         dim: D.
         itemsize: bytes of a number in the products, 2 or 4.
         shared_memory: bytes a program can have.
+        gradient: of the kernel that computes the gradient of the table.
     """
     width = padded(dim)
     if itemsize == 4:  # products without tensor cores keep their operands in registers: small tiles
         blocks = Blocks(16 if width > 256 else 32, 16 if width > 256 else 32, 4, 2)
         return replace(blocks, positions=min(blocks.positions, padded(depth)))
-    warps = 4 if width <= 64 else 8
-    for positions, negatives, stages in ((128, 64, 3), (128, 64, 2), (128, 32, 3), (128, 32, 2), (64, 32, 2)):
+    if width <= (256 if gradient else 64):
+        # small programs hide each other's waiting, if two or more fit on a multiprocessor (each takes 1 KiB more)
+        positions, halves = (128, width > 128) if gradient else (64, False)
+        # hidden states, and by turns vectors in 16 bits, probabilities and what a product takes on its way to memory
+        tiles = positions * width * 2 + 64 * max(width * (2 if halves else 4), positions * 2)
+        if 2 * (tiles + 2**10) <= shared_memory + 2**10:
+            return Blocks(min(positions, padded(depth)), 64, 4, 1, halves)
+    for positions, negatives, stages in ((128, 64, 3), (128, 32, 3), (128, 64, 2), (128, 32, 2), (64, 32, 2)):
         # the accumulator [positions, width] must fit in 128 registers a thread
         if positions * width > 128 * 256:
             continue
-        # hidden states, vectors as they arrive (fp32), vectors in 16 bits, probabilities
-        tiles = positions * width * 2 + negatives * width * (4 * (stages - 1) + 2) + positions * negatives * 2
+        # hidden states, vectors as they arrive (fp32), vectors in 16 bits, and what is drawn
+        tiles = positions * width * 2 + negatives * width * (4 * (stages - 1) + 2) + 2**11
+        if gradient:  # probabilities
+            tiles += positions * negatives * 2
         if tiles <= shared_memory:
             break
     else:
         positions, negatives, stages = 32, 16, 1
-    return Blocks(min(positions, padded(depth)), negatives, warps, stages)
+    # halves save registers; chips before Hopper, where they would cost some, have too little memory for these blocks
+    return Blocks(min(positions, padded(depth)), negatives, 8, stages, (width, negatives, stages) == (256, 64, 3))
 
 
 def padded(size: int) -> int:
@@ -208,7 +219,7 @@ def weight_gradient(
     if sharing == "none":
         own_weight_gradient(grad_weight, n, drawing, common, deterministic)
     else:
-        options, programs = tile_options(n, dim, sharing, dtype, input.device)
+        options, programs = tile_options(n, dim, sharing, dtype, input.device, gradient=True)
         unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if dtype == torch.float16 else None
         options |= {"unit_ptr": unit, **drawing, **common}
         if not deterministic:
@@ -363,12 +374,12 @@ def common_options(
 
 
 def tile_options(
-    n: int, dim: int, sharing: str, dtype: torch.dtype, device: torch.device
+    n: int, dim: int, sharing: str, dtype: torch.dtype, device: torch.device, gradient: bool = False
 ) -> tuple[dict[str, Any], int]:
     """Arguments that the tile kernels share, and the number of programs."""
     groups = num_groups(n, sharing)
     depth = triton.cdiv(n, groups)
-    blocks = tile_blocks(depth, dim, dtype.itemsize, shared_memory(device))
+    blocks = tile_blocks(depth, dim, dtype.itemsize, shared_memory(device), gradient)
     blocks_per_group = triton.cdiv(depth, blocks.positions)
     return {
         "n": n,
@@ -376,6 +387,7 @@ def tile_options(
         "blocks_per_group": blocks_per_group,
         "BM": blocks.positions,
         "BK": blocks.negatives,
+        "HALVES": blocks.halves,
         "PRECISION": precision(),
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,

@@ -13,14 +13,60 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_rows(ptr, rows, stride_row, stride_col, mask, o_d, D: tl.constexpr, DTYPE: tl.constexpr):
-    """[R, BD] rows of a matrix, rounded to DTYPE, zero past column D and where `mask` [R] is False."""
-    p = ptr + rows.to(tl.int64)[:, None] * stride_row + o_d[None, :] * stride_col
-    if o_d.shape[0] == D:
-        b = tl.load(p, mask=mask[:, None], other=0.0)
+def in_matrix(mask, o_d, D: tl.constexpr):
+    """`mask` [R] of rows and the columns below D as a mask of a tile. `o_d`: all of the padded columns or a half."""
+    if o_d.shape[0] == D or o_d.shape[0] * 2 == D:
+        return mask[:, None]
     else:
-        b = tl.load(p, mask=mask[:, None] & (o_d < D)[None, :], other=0.0)
-    return b.to(DTYPE)
+        return mask[:, None] & (o_d < D)[None, :]
+
+
+@triton.jit
+def load_rows(
+    ptr, rows, stride_row, stride_col, mask, o_d, D: tl.constexpr, DTYPE: tl.constexpr, STREAM: tl.constexpr = False
+):
+    """Columns `o_d` of rows of a matrix, rounded to DTYPE, zero past column D and where `mask` [R] is False.
+
+    STREAM: read this once; it leaves the cache first.
+    """
+    p = ptr + rows.to(tl.int64)[:, None] * stride_row + o_d[None, :] * stride_col
+    EVICT: tl.constexpr = "evict_first" if STREAM else ""
+    return tl.load(p, mask=in_matrix(mask, o_d, D), other=0.0, eviction_policy=EVICT).to(DTYPE)
+
+
+@triton.jit
+def store_rows(ptr, rows, b, mask, o_d, D: tl.constexpr):
+    """Write columns `o_d` of rows of a matrix [, D] where `mask` [R] is True; they leave the cache first."""
+    p = ptr + rows.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.store(p, b, mask=in_matrix(mask, o_d, D), eviction_policy="evict_first")
+
+
+@triton.jit
+def add_rows(ptr, rows, b, mask, o_d, D: tl.constexpr):
+    """Add to columns `o_d` of rows of a matrix [, D] where `mask` [R] is True."""
+    p = ptr + rows.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.atomic_add(p, b, mask=in_matrix(mask, o_d, D), sem="relaxed")
+
+
+@triton.jit
+def logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY: tl.constexpr, CORRECT: tl.constexpr):
+    """What is taken off the logits of drawn rows: log2(K q) if CORRECT; infinity where `m_k` is False."""
+    if CORRECT:
+        b_offset = log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)
+    else:
+        b_offset = tl.zeros(b_row.shape, tl.float32)
+    return tl.where(m_k, b_offset, float("inf"))
+
+
+@triton.jit
+def add_product(b_p, b_w, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_p @ b_w, the sum in fp32."""
+    if b_w.dtype == tl.float32:
+        # Without tensor cores each term would be rounded to the size of the whole sum. The last argument, which
+        # is about other dtypes, keeps the compiler from putting the sum back into the product.
+        return b_sum + tl.dot(b_p, b_w, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(b_p.to(b_w.dtype), b_w, b_sum)
 
 
 @triton.jit
@@ -51,65 +97,100 @@ def tile_forward_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    HALVES: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     POPULARITY: tl.constexpr,
     CORRECT: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
-    """One program: BM positions of one group against all of its negatives, with an online log-sum-exp."""
+    """One program: BM positions of one group against all of its negatives, with an online log-sum-exp.
+
+    The targets come last, BK of them at a time, as if they were draws of which a position takes only its own: their
+    logits and their share of the direction come out of the same products, and each target is gathered once.
+
+    HALVES: the columns are taken in two halves, which saves registers at the start and the end.
+    """
     i_group = tl.program_id(0) // blocks_per_group
     i_block = tl.program_id(0) % blocks_per_group
-    o_d = tl.arange(0, BD)
-    o_n = (i_block * BM + tl.arange(0, BM)).to(tl.int64) * num_groups + i_group
+    BC: tl.constexpr = BD // 2 if HALVES else BD
+    o_d = tl.arange(0, BC)
+    o_m = tl.arange(0, BM)
+    o_n = (i_block * BM + o_m).to(tl.int64) * num_groups + i_group
     m_n = o_n < n
-    b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
+    b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0).to(tl.int32)
     m_y = m_n & (b_y != padding_idx)
     seed = tl.load(seed_ptr)
+    b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE, STREAM=True)
+    if HALVES:
+        b_h2 = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_n, BC + o_d, D, DTYPE, STREAM=True)
 
-    b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE)
-    b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_y, o_d, D, DTYPE)
-    b_own = tl.sum(b_h.to(tl.float32) * b_target.to(tl.float32), 1) * LOG2_E
-
-    # the negatives' mass is kept apart from the positive's: 1 - p then loses no digit when p is near 1
-    b_max = b_own
+    b_max = tl.full([BM], -3.0e38, tl.float32)  # finite: the first negatives may all be masked
     b_mass = tl.zeros([BM], tl.float32)
-    b_sum = tl.zeros([BM, BD], tl.float32)
+    b_sum = tl.zeros([BM, BC], tl.float32)
+    b_sum2 = b_sum
     first_draw = i_group.to(tl.int64) * num_negatives
     for i_k in range(0, num_negatives, BK):
         o_k = i_k + tl.arange(0, BK)
         b_row = once(draw_rows(seed, first_draw + o_k, table_ptr, num_items, padding_idx, POPULARITY))
         m_k = o_k < num_negatives
         b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, o_d, D, DTYPE)
-        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION) * LOG2_E
-        if CORRECT:
-            b_s -= log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)[None, :]
-        b_s = tl.where((b_row[None, :] != b_y[:, None]) & m_k[None, :], b_s, -float("inf"))
+        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION)
+        if HALVES:
+            b_w2 = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, BC + o_d, D, DTYPE)
+            b_s = tl.dot(b_h2, tl.trans(b_w2), b_s, input_precision=PRECISION)
+        b_s = b_s * LOG2_E - logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY, CORRECT)[None, :]
+        b_s = tl.where(b_row[None, :] != b_y[:, None], b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
         b_scale = tl.exp2(b_max - b_new)
         b_mass = b_mass * b_scale + tl.sum(b_p, 1)
         b_max = b_new
         if DIRECTION:
-            b_sum = b_sum * b_scale[:, None]
-            if DTYPE == tl.float32:  # noqa: SIM300
-                # Without tensor cores each term would be rounded to the size of the whole sum. The last argument, which
-                # is about other dtypes, keeps the compiler from putting the sum back into the product.
-                b_sum += tl.dot(b_p, b_w, input_precision=PRECISION, max_num_imprecise_acc=1)
-            else:
-                b_sum = tl.dot(b_p.to(DTYPE), b_w, b_sum)
+            b_sum = add_product(b_p, b_w, b_sum * b_scale[:, None], PRECISION)
+            if HALVES:
+                b_sum2 = add_product(b_p, b_w2, b_sum2 * b_scale[:, None], PRECISION)
 
-    b_total = b_mass + tl.exp2(b_own - b_max)
-    b_lse = b_max + tl.log2(b_total)
+    # from here the sum is the mean of the negatives, then less the target; a mass is at least 1, its largest term, or 0
+    b_scale = 1.0 / tl.maximum(b_mass, 1.0)
+    b_sum *= b_scale[:, None]
+    if HALVES:
+        b_sum2 *= b_scale[:, None]
+    b_own = tl.zeros([BM], tl.float32)
+    for i_m in range(0, BM, BK):
+        o_t = i_m + tl.arange(0, BK)
+        o_i = (i_block * BM + o_t).to(tl.int64) * num_groups + i_group
+        m_t = (o_i < n) & (o_t < BM)
+        b_row = tl.load(y_ptr + o_i * stride_y, mask=m_t, other=0)
+        m_t &= b_row != padding_idx
+        b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_t, o_d, D, DTYPE)
+        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION)
+        if HALVES:
+            b_w2 = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_t, BC + o_d, D, DTYPE)
+            b_s = tl.dot(b_h2, tl.trans(b_w2), b_s, input_precision=PRECISION)
+        m_own = o_m[:, None] == o_t[None, :]
+        b_own += tl.sum(tl.where(m_own, b_s, 0.0), 1) * LOG2_E
+        if DIRECTION:
+            b_p = tl.where(m_own, -1.0, 0.0)
+            b_sum = add_product(b_p, b_w, b_sum, PRECISION)
+            if HALVES:
+                b_sum2 = add_product(b_p, b_w2, b_sum2, PRECISION)
+
+    # the negatives' mass is kept apart from the positive's: 1 - p then loses no digit when p is near 1
+    b_new = tl.maximum(b_max, b_own)
+    b_mass *= tl.exp2(b_max - b_new)
+    b_total = b_mass + tl.exp2(b_own - b_new)
+    b_lse = b_new + tl.log2(b_total)
     b_slope = -b_mass / b_total
     tl.store(loss_ptr + o_n, tl.where(m_y, (b_lse - b_own) * LN_2, 0.0), mask=m_n)
     tl.store(lse_ptr + o_n, b_lse, mask=m_n)
     tl.store(slope_ptr + o_n, tl.where(m_y, b_slope, 0.0), mask=m_n)
     if DIRECTION:
-        b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_y, o_d, D, DTYPE)
-        b_d = b_sum / b_total[:, None] + b_slope[:, None] * b_target.to(tl.float32)
-        p_d = direction_ptr + o_n[:, None] * D + o_d[None, :]
-        tl.store(p_d, tl.where(m_y[:, None], b_d, 0.0), mask=m_n[:, None] & (o_d < D)[None, :])
+        b_d = tl.where(m_y[:, None], b_sum * -b_slope[:, None], 0.0)
+        store_rows(direction_ptr, o_n, b_d, m_n, o_d, D)
+        if HALVES:
+            b_d = tl.where(m_y[:, None], b_sum2 * -b_slope[:, None], 0.0)
+            store_rows(direction_ptr, o_n, b_d, m_n, BC + o_d, D)
 
 
 @triton.jit
@@ -145,6 +226,7 @@ def tile_weight_gradient_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
     DTYPE: tl.constexpr,
+    HALVES: tl.constexpr,
     PRECISION: tl.constexpr,
     POPULARITY: tl.constexpr,
     CORRECT: tl.constexpr,
@@ -154,11 +236,14 @@ def tile_weight_gradient_kernel(
 
     ATOMIC: added to grad_w [V+1, D] fp32. Otherwise the negatives' shares are stored, for a sum in a fixed order:
     grad_w is [programs, K, D], row_ptr [programs, K] gets their rows.
+
+    HALVES: the columns are taken in two halves: a product [BK, BD] goes to memory through as much shared memory as the
+    hidden states take, so that only one program would fit.
     """
     i_group = (first_program + tl.program_id(0)) // blocks_per_group
     i_block = (first_program + tl.program_id(0)) % blocks_per_group
-    o_d = tl.arange(0, BD)
-    m_d = o_d < D
+    BC: tl.constexpr = BD // 2 if HALVES else BD
+    o_d = tl.arange(0, BC)
     o_n = (i_block * BM + tl.arange(0, BM)).to(tl.int64) * num_groups + i_group
     m_n = o_n < n
     b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
@@ -169,28 +254,40 @@ def tile_weight_gradient_kernel(
     unit = tl.load(unit_ptr) if unit_ptr is not None else 1.0
     b_lse = tl.load(lse_ptr + o_n, mask=m_y, other=0.0)
 
+    b_slope = tl.load(slope_ptr + o_n, mask=m_y, other=0.0) * b_g
     b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE)
     if ATOMIC:
-        b_slope = tl.load(slope_ptr + o_n, mask=m_y, other=0.0) * b_g
-        p_own = grad_w_ptr + b_y[:, None] * D + o_d[None, :]
-        b_own = b_slope[:, None] * b_h.to(tl.float32)
-        tl.atomic_add(p_own, b_own, mask=m_y[:, None] & m_d[None, :], sem="relaxed")
+        add_rows(grad_w_ptr, b_y, b_slope[:, None] * b_h.to(tl.float32), m_y, o_d, D)
+    if HALVES:
+        b_h2 = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, BC + o_d, D, DTYPE)
+        if ATOMIC:
+            add_rows(grad_w_ptr, b_y, b_slope[:, None] * b_h2.to(tl.float32), m_y, BC + o_d, D)
+
+    b_g /= unit
+    b_y = b_y.to(tl.int32)
     first_draw = i_group.to(tl.int64) * num_negatives
     for i_k in range(0, num_negatives, BK):
         o_k = i_k + tl.arange(0, BK)
         b_row = once(draw_rows(seed, first_draw + o_k, table_ptr, num_items, padding_idx, POPULARITY))
         m_k = o_k < num_negatives
         b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, o_d, D, DTYPE)
-        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION) * LOG2_E
-        if CORRECT:
-            b_s -= log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)[None, :]
-        b_p = tl.exp2(b_s - b_lse[:, None]) * (b_g / unit)[:, None]
-        b_p = tl.where((b_row[None, :] != b_y[:, None]) & m_k[None, :], b_p, 0.0)
-        b_dw = tl.dot(tl.trans(b_p.to(DTYPE)), b_h, input_precision=PRECISION) * unit
+        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION)
+        if HALVES:
+            b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, BC + o_d, D, DTYPE)
+            b_s = tl.dot(b_h2, tl.trans(b_w), b_s, input_precision=PRECISION)
+        b_s = b_s * LOG2_E - logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY, CORRECT)[None, :]
+        b_p = tl.exp2(b_s - b_lse[:, None]) * b_g[:, None]
+        b_p = tl.trans(tl.where(b_row[None, :] != b_y[:, None], b_p, 0.0).to(DTYPE))
+        b_dw = tl.dot(b_p, b_h, input_precision=PRECISION) * unit
+        o_share = tl.program_id(0).to(tl.int64) * num_negatives + o_k
         if ATOMIC:
-            p_dw = grad_w_ptr + b_row.to(tl.int64)[:, None] * D + o_d[None, :]
-            tl.atomic_add(p_dw, b_dw, mask=m_k[:, None] & m_d[None, :], sem="relaxed")
+            add_rows(grad_w_ptr, b_row, b_dw, m_k, o_d, D)
         else:
-            o_share = tl.program_id(0).to(tl.int64) * num_negatives + o_k
-            tl.store(grad_w_ptr + o_share[:, None] * D + o_d[None, :], b_dw, mask=m_k[:, None] & m_d[None, :])
+            store_rows(grad_w_ptr, o_share, b_dw, m_k, o_d, D)
             tl.store(row_ptr + o_share, b_row.to(tl.int64), mask=m_k)
+        if HALVES:
+            b_dw = tl.dot(b_p, b_h2, input_precision=PRECISION) * unit
+            if ATOMIC:
+                add_rows(grad_w_ptr, b_row, b_dw, m_k, BC + o_d, D)
+            else:
+                store_rows(grad_w_ptr, o_share, b_dw, m_k, BC + o_d, D)

@@ -24,7 +24,7 @@ from recbole.utils import FeatureSource, FeatureType
 TARGETS_PER_BATCH = 1024
 RECBOLE_BATCH_SIZE = 2048  # rows of one target each
 
-# Column of inter_feat: where in the flat table the row's target is. Never in a batch.
+# Column of inter_feat: where in the flat table the row's target is. In a batch only with exclude_seen.
 TARGET_ROW = "target_row"
 # Field of a training batch: how many of a row's last positions are trained.
 TARGET_COUNT = "target_count"
@@ -189,10 +189,33 @@ class LeanSequentialDataset(SequentialDataset):
         """The rows with their lists, as RecBole's data set returns them."""
         if self.windows is not None:
             index = self.windows[index]
-        rows = self._with_lists(self.inter_feat[index], self.max_item_list_len)
+        of_index = self.inter_feat[index]
+        rows = self._with_lists(of_index, self.max_item_list_len)
         if self.windows is not None:
             rows.update(Interaction({TARGET_COUNT: self._target_counts(rows)}))
+        elif self.config["exclude_seen"] and TARGET_ROW in of_index:
+            rows.update(Interaction({TARGET_ROW: of_index[TARGET_ROW]}))
         return self.join(rows) if join else rows
+
+    def seen(self, rows: Interaction) -> tuple[torch.Tensor, torch.Tensor]:
+        """[P] numbers of rows of a batch and [P] items that their users had before the target, however long ago.
+
+        Pre-split benchmark files show no more than the row's own list.
+        """
+        if TARGET_ROW not in rows:
+            number, place = rows[self.item_id_list_field].nonzero(as_tuple=True)
+            return number, rows[self.item_id_list_field][number, place]
+        return self.items_before(rows[TARGET_ROW])
+
+    def items_before(self, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of rows `end` [N] of the flat table (or one past a user's last): [P] numbers 0 to N - 1 and [P] items of
+        the same user that come before."""
+        uid = self.flat[self.uid_field]
+        first = torch.searchsorted(uid, uid[end - 1])
+        count = end - first
+        number = torch.arange(len(end)).repeat_interleave(count)
+        place = torch.arange(len(number)) - (count.cumsum(0) - count - first)[number]
+        return number, self.flat[self.iid_field][place]
 
     def __len__(self) -> int:
         return len(self.inter_feat if self.windows is None else self.windows)

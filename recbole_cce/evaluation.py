@@ -24,32 +24,47 @@ class TopK(NamedTuple):
 
 
 def chunked_topk(
-    hidden: torch.Tensor, weight: torch.Tensor, k: int, chunk_items: int, padding_idx: int = 0
-) -> torch.Tensor:
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    k: int,
+    chunk_items: int,
+    padding_idx: int = 0,
+    seen: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact top-k items of each row of `hidden` by inner product, never holding more than one chunk of scores.
 
     Args:
         hidden: [users, D] user vectors.
-        weight: [V+1, D] item table; row `padding_idx` is never returned.
+        weight: [V+1, D] item table; row `padding_idx` comes after all others.
         k: number of items per user, at most V.
         chunk_items: items scored at a time.
+        seen: rows of `hidden` and of `weight` [P] each, pairs that come after all other items, or None.
 
     Returns:
-        [users, k] int64 row numbers of `weight`, best first. Equal scores may come in any order, as with
-        torch.topk. Scores are computed in the dtype of the inputs.
+        [users, k] scores and [users, k] int64 row numbers of `weight`, best first; the scores of what comes last are
+        -inf. Equal scores may come in any order, as with torch.topk. Scores are computed in the dtype of the inputs.
     """
     best_scores = hidden.new_empty(hidden.size(0), 0)
     best_items = torch.empty(hidden.size(0), 0, dtype=torch.int64, device=hidden.device)
-    for start in range(0, weight.size(0), chunk_items):
+    starts = range(0, weight.size(0), chunk_items)
+    if seen is not None:
+        seen_items, order = seen[1].sort()
+        seen_users = seen[0][order]
+        bounds = torch.tensor([*starts, weight.size(0)], device=seen_items.device)
+        bounds = torch.searchsorted(seen_items, bounds).tolist()
+    for i, start in enumerate(starts):
         scores = hidden @ weight[start : start + chunk_items].T
         if start <= padding_idx < start + chunk_items:
             scores[:, padding_idx - start] = -torch.inf
+        if seen is not None:
+            pairs = slice(bounds[i], bounds[i + 1])
+            scores[seen_users[pairs], seen_items[pairs] - start] = -torch.inf
         scores, items = scores.topk(min(k, scores.size(1)), dim=1)
         best_scores = torch.cat([best_scores, scores], dim=1)
         best_items = torch.cat([best_items, items + start], dim=1)
         best_scores, order = best_scores.topk(min(k, best_scores.size(1)), dim=1)
         best_items = best_items.gather(1, order)
-    return best_items
+    return best_scores, best_items
 
 
 def auto_chunk_items(users: int) -> int:

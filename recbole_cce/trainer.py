@@ -43,6 +43,10 @@ class EfficientTrainer(Trainer):
             raise ValueError(
                 f"topk: {config['topk']} is not valid; it takes at most {model.n_items - 1}, the number of items"
             )
+        if config["exclude_seen"] and self.eval_collector.needs_scores():
+            raise ValueError(
+                "exclude_seen: True is not valid with metrics: GAUC, which looks at the scores of all items"
+            )
         self.amp_dtype = autocast_dtype(config["amp_dtype"], self.device, config["enable_amp"])
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype == torch.float16 or bool(config["enable_scaler"])
@@ -228,6 +232,7 @@ class EfficientTrainer(Trainer):
         """As RecBole's; ranking metrics of several processes are computed over all their users together."""
         if eval_data:
             self.eval_collector.n_samples = eval_data.sample_size
+            self.evaluated = eval_data.dataset
         return super().evaluate(eval_data, *args, **kwargs)
 
     def _map_reduce(self, result: dict[str, float], num_sample: int) -> dict[str, float]:
@@ -243,11 +248,13 @@ class EfficientTrainer(Trainer):
         on_device = interaction.to(self.device)
         hidden = self.model.forward(on_device[self.model.ITEM_SEQ], on_device[self.model.ITEM_SEQ_LEN])
         chunk = self.config["eval_chunk_items"]
-        items = chunked_topk(
+        seen = self.evaluated.seen(interaction) if self.config["exclude_seen"] else None
+        _, items = chunked_topk(
             hidden,
             self.model.item_embedding.weight,
             max(self.config["topk"]),
             auto_chunk_items(len(hidden)) if chunk == "auto" else chunk,
+            seen=seen and tuple(part.to(self.device) for part in seen),
         )
         return interaction, TopK(items), positive_u, positive_i
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from recbole.evaluator import collector as recbole_collector
@@ -131,7 +134,67 @@ def test_labeled_evaluation(ml100k, weights, metrics):
     assert list(valid) == [metric.lower() for metric in metrics]
 
 
+# Seen items
+
+
+def naive_metrics(run, split):
+    """Hit@10 and NDCG@10 from all scores, the histories read from the file again. A user has no item twice."""
+    file = Path(run.config["data_path"]) / f"{run.config['dataset']}.inter"
+    table = pd.read_csv(file, sep="\t", names=["user", "item", "rating", "time"], skiprows=1)
+    table = table.sort_values("time", kind="stable")
+    dataset, hits, gains = run.train.dataset, [], []
+    for rows, *_ in split:
+        scores = run.model.full_sort_predict(rows).view(len(rows), -1)
+        for row in range(len(rows)):
+            target, user = rows["item_id"][row].item(), dataset.id2token("user_id", rows["user_id"][row].item())
+            items = dataset.token2id("item_id", table["item"][table["user"] == int(user)].astype(str).to_numpy())
+            history = items[: items.tolist().index(target)].tolist()
+            assert len(history) >= rows["item_length"][row]
+            order = [item for item in scores[row].argsort(descending=True).tolist() if item not in {0, *history}]
+            rank = order.index(target)
+            hits.append(rank < 10)
+            gains.append(1 / np.log2(rank + 2) if rank < 10 else 0)
+    return {"hit@10": round(float(np.mean(hits)), 4), "ndcg@10": round(float(np.mean(gains)), 4)}
+
+
+@pytest.mark.parametrize("chunk", ["auto", 100])
+@pytest.mark.parametrize("split", ["leave-one-out", "ratio-global-time"])
+def test_seen_items_are_ranked_last(ml100k, weights, split, chunk):
+    """However long ago: lists of 6 items show a small part of what users had."""
+    settings = {**ml100k, **SPLITS[split], "metrics": ["Hit", "NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
+    run = prepared("SASRecCCE", {**settings, "exclude_seen": True, "eval_chunk_items": chunk}, weights, "part")
+    ours = evaluate(run)
+    assert ours == [naive_metrics(run, loader) for loader in (run.valid, run.test)]
+    shown = evaluate(prepared("SASRecCCE", settings, weights, "part"))
+    assert ours[1]["hit@10"] > shown[1]["hit@10"]
+
+
+def test_seen_items_and_scores_of_all(ml100k):
+    settings = {**ml100k, "metrics": ["GAUC"], "valid_metric": "GAUC", "exclude_seen": True}
+    with pytest.raises(ValueError, match="exclude_seen: True is not valid with metrics: GAUC"):
+        experiment("SASRecCCE", settings, "part")
+
+
 # Top-k
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 101, 1000])
+def test_topk_without_seen_items(chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, 8, dtype=torch.double, generator=generator)
+    weight = torch.randn(101, 8, dtype=torch.double, generator=generator)
+    seen = torch.rand(20, 101, generator=generator) < 0.4
+    seen[3], seen[4] = True, False
+    scores = (hidden @ weight.T).masked_fill(seen, -torch.inf)
+    scores[:, 0] = -torch.inf
+    top, items = chunked_topk(hidden, weight, 10, chunk, seen=seen.nonzero(as_tuple=True))
+    torch.testing.assert_close(top, scores.topk(10).values)
+    unseen = torch.arange(20) != 3
+    assert torch.equal(items[unseen], scores.topk(10).indices[unseen])
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert torch.equal(
+        chunked_topk(hidden, weight, 10, chunk, seen=(nothing, nothing))[1], chunked_topk(hidden, weight, 10, chunk)[1]
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 101, 102, 1000])
@@ -144,7 +207,7 @@ def test_chunked_topk_is_topk(chunk, padding_idx):
     scores = hidden @ weight.T
     scores[:, padding_idx] = -torch.inf
     for k in (1, 10, 100):
-        assert torch.equal(chunked_topk(hidden, weight, k, chunk, padding_idx), scores.topk(k).indices)
+        assert torch.equal(chunked_topk(hidden, weight, k, chunk, padding_idx)[1], scores.topk(k).indices)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
@@ -156,10 +219,11 @@ def test_ties(chunk):
     weight = torch.cat([torch.full((1, 8), 9.0, dtype=torch.double), weight])
     scores = hidden @ weight.T
     scores[:, 0] = -torch.inf
-    top = chunked_topk(hidden, weight, 17, chunk)
+    top_scores, top = chunked_topk(hidden, weight, 17, chunk)
+    assert torch.equal(top_scores, scores.gather(1, top))
     assert torch.equal(scores.gather(1, top), scores.topk(17).values)
     assert all(len(set(row)) == 17 and 0 not in row for row in top.tolist())
-    assert sorted(chunked_topk(hidden[:1] * 0, weight, 60, chunk)[0].tolist()) == list(range(1, 61))
+    assert sorted(chunked_topk(hidden[:1] * 0, weight, 60, chunk)[1][0].tolist()) == list(range(1, 61))
 
 
 def test_topk_larger_than_the_catalogue(tiny_config):

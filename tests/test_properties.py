@@ -144,6 +144,7 @@ PUBLISHED = {
         "bucket_size_x": 202,
         "bucket_size_y": 256,
         "mix_x": False,
+        "exclude_seen": True,
         "train_batch_size": 1024,
         "learning_rate": 0.001,
         "weight_decay": 0.0,

@@ -28,6 +28,7 @@ KEYS = {
     "negative_distribution": (["uniform", "popularity"], ["popular", None, True], "uniform, popularity"),
     "negative_alpha": ([0, 0.75, 10.0], [*REALS, -0.1, 10.5], "a number from 0 to 10"),
     "logq_correction": ([True, False], FLAGS, "True, False"),
+    "exclude_seen": ([True, False], FLAGS, "True, False"),
     "mix_x": ([True, False], FLAGS, "True, False"),
     "n_buckets": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
     "bucket_size_x": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),

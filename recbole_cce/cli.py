@@ -1,4 +1,4 @@
-"""The command line: RecBole's flags, checked; `doctor`."""
+"""The command line: RecBole's flags, checked; `recommend`, `export`, `doctor`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recbole.config import Config
 from recbole.utils import argument_list
 
 import recbole_cce
-from recbole_cce import compat, ops, quick_start, registry, settings
+from recbole_cce import compat, ops, quick_start, recommend, registry, settings
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -31,6 +31,8 @@ EXAMPLES = """examples:
   %(prog)s --config_files="my.yaml other.yaml" --epochs=20
   %(prog)s --model=SASRec --dataset=ml-1m                 RecBole's own model, same data and evaluation
   %(prog)s --nproc=4 --gpu_id=0,1,2,3                     four GPUs of this machine
+  %(prog)s recommend --checkpoint=saved/FILE.pth --k=50 --exclude-seen --output=top.csv
+  %(prog)s export --checkpoint=saved/FILE.pth --output=items
   %(prog)s doctor                                         versions, GPU, active repairs of RecBole
 
 Every other key of RecBole's configuration is a flag too, as --key=value. Flags win over configuration files.
@@ -57,6 +59,38 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def recommend_parser() -> argparse.ArgumentParser:
+    """Flags of `recommend`."""
+    parser = checkpoint_parser("recommend", "Write the best items for each user, in external tokens.")
+    parser.add_argument("--output", required=True, help="a .csv or .parquet file: user, item, rank, score")
+    parser.add_argument("--k", type=int, default=50, help="items a user (default: 50)")
+    parser.add_argument("--users", help="file with one user token a line (default: all users)")
+    parser.add_argument("--exclude-seen", action="store_true", help="leave out items that the user has had")
+    return parser
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """Flags of `export`."""
+    parser = checkpoint_parser("export", "Write item vectors for a vector index.")
+    parser.add_argument("--output", required=True, help="prefix: PREFIX.npy gets the vectors, PREFIX.tsv their tokens")
+    return parser
+
+
+def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser of a command that uses a trained model."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} {command}", description=description, allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument("--checkpoint", required=True, help="file in saved/ that training has written")
+    return parser
+
+
+def own_arguments() -> list[str]:
+    """The command's flags, taken off sys.argv, where RecBole's Config would look for keys."""
+    arguments, sys.argv[1:] = sys.argv[2:], []
+    return arguments
+
+
 def keys_help() -> str:
     """One line for each key of settings.KEYS with its default in SASRecCCE."""
     defaults = registry.read_yaml(registry.MODELS["SASRecCCE"])
@@ -70,6 +104,10 @@ def main() -> None:
     try:
         if sys.argv[1:] == ["doctor"]:
             print(doctor())
+        elif sys.argv[1:2] == ["recommend"]:
+            recommend.recommend(**vars(recommend_parser().parse_args(own_arguments())))
+        elif sys.argv[1:2] == ["export"]:
+            recommend.export(**vars(export_parser().parse_args(own_arguments())))
         else:
             quick_start.run(**arguments())
     except Exception as error:

@@ -207,6 +207,22 @@ class LeanSequentialDataset(SequentialDataset):
             return number, rows[self.item_id_list_field][number, place]
         return self.items_before(rows[TARGET_ROW])
 
+    def latest(self, users: torch.Tensor) -> Interaction:
+        """A row for each of `users` [U], as a test row of the next interaction would be: its list holds the last items.
+
+        Raises:
+            ValueError: the interactions come from pre-split benchmark files.
+        """
+        if self.flat is None:
+            raise ValueError("benchmark_filename: pre-split files do not tell a user's last interactions")
+        uid = self.flat[self.uid_field]
+        first, end = torch.searchsorted(uid, users), torch.searchsorted(uid, users, right=True)
+        length = (end - first).clamp(max=self.max_item_list_len)
+        rows = Interaction({self.uid_field: users, self.item_list_length_field: length, TARGET_ROW: end})
+        listed = self._with_lists(rows, self.max_item_list_len)
+        listed.update(Interaction({TARGET_ROW: end}))
+        return listed
+
     def items_before(self, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of rows `end` [N] of the flat table (or one past a user's last): [P] numbers 0 to N - 1 and [P] items of
         the same user that come before."""

@@ -85,10 +85,8 @@ def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser
     return parser
 
 
-def own_arguments() -> list[str]:
-    """The command's flags, taken off sys.argv, where RecBole's Config would look for keys."""
-    arguments, sys.argv[1:] = sys.argv[2:], []
-    return arguments
+# name: parser of its flags, function of their values
+COMMANDS = {"recommend": (recommend_parser, recommend.recommend), "export": (export_parser, recommend.export)}
 
 
 def keys_help() -> str:
@@ -104,10 +102,11 @@ def main() -> None:
     try:
         if sys.argv[1:] == ["doctor"]:
             print(doctor())
-        elif sys.argv[1:2] == ["recommend"]:
-            recommend.recommend(**vars(recommend_parser().parse_args(own_arguments())))
-        elif sys.argv[1:2] == ["export"]:
-            recommend.export(**vars(export_parser().parse_args(own_arguments())))
+        elif sys.argv[1:] and sys.argv[1] in COMMANDS:
+            command_parser, command = COMMANDS[sys.argv[1]]
+            # RecBole's Config would look for keys in what is left in sys.argv
+            flags, sys.argv[1:] = sys.argv[2:], []
+            command(**vars(command_parser().parse_args(flags)))
         else:
             quick_start.run(**arguments())
     except Exception as error:

@@ -160,7 +160,12 @@ def test_flags_on_the_pages_exist():
         text = page.read_text(encoding="utf-8")
         lines = [line for line in commands(text) if "run_recbole_cce.py" in line]
         for line in lines:
-            flags = [word for word in shlex.split(line) if word.startswith("--") and "=" in word]
+            words = shlex.split(line)
+            command = words[words.index("run_recbole_cce.py") + 1 :][:1]
+            if command and command[0] in cli.COMMANDS:
+                cli.COMMANDS[command[0]][0]().parse_args([word for word in words if word.startswith("--")])
+                continue
+            flags = [word for word in words if word.startswith("--") and "=" in word]
             options = {"--model", "--dataset", "--config_files", "--nproc"}
             flags = [flag for flag in flags if flag.partition("=")[0] not in options and flag != "--loss_type=BPR"]
             cli.check_flags(flags, {}, "SASRecCCE")

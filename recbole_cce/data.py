@@ -305,13 +305,16 @@ class LeanSequentialDataset(SequentialDataset):
             return length
         return length.where(length < self.max_item_list_len, self.window_step)
 
+    @property
+    def n_targets(self) -> int:
+        """Targets of the rows that make batches."""
+        return len(self) if self.windows is None else int(self._target_counts(self.inter_feat[self.windows]).sum())
+
     def _sequences_per_batch(self) -> int:
         """As many rows as have TARGETS_PER_BATCH targets on average."""
         if self.windows is None:
             return RECBOLE_BATCH_SIZE
-        return max(
-            1, round(TARGETS_PER_BATCH / self._target_counts(self.inter_feat[self.windows]).double().mean().item())
-        )
+        return max(1, round(TARGETS_PER_BATCH * len(self) / self.n_targets))
 
     def target_capacity(self, rows: int) -> int | None:
         """Targets that a batch of `rows` random rows practically never exceeds: six deviations above their mean.

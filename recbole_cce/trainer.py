@@ -88,6 +88,7 @@ class EfficientTrainer(Trainer):
             ValueError: a loss was NaN; names the first such step. The last checkpoint is from before.
         """
         self.model.train()
+        self.n_targets = train_data.dataset.n_targets
         loss_func = loss_func or self.model.calculate_loss
         if self.distributed and train_data.shuffle:
             train_data.sampler.set_epoch(epoch_idx)
@@ -124,6 +125,18 @@ class EfficientTrainer(Trainer):
             )
             self.tensorboard.add_scalar(f"Loss/{name}", value, epoch_idx)
         return losses.sum().item()
+
+    def _generate_train_loss_output(self, epoch_idx: int, s_time: float, e_time: float, losses: float) -> str:
+        """RecBole's line with the speed over all processes and, on a GPU, the memory allocated at most so far."""
+        line = super()._generate_train_loss_output(epoch_idx, s_time, e_time, losses)
+        speed = self.n_targets / (e_time - s_time)
+        self.tensorboard.add_scalar("Speed/targets per second", speed, epoch_idx)
+        extra = f", {set_color('targets/s', 'blue')}: {speed:.0f}"
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.tensorboard.add_scalar("Memory/peak GiB", peak, epoch_idx)
+            extra += f", {set_color('peak GPU memory', 'blue')}: {peak:.2f} GiB"
+        return line[:-1] + extra + "]"
 
     def _forward_backward(
         self, loss_func: Callable[[Interaction], torch.Tensor], interaction: Interaction

@@ -323,13 +323,24 @@ def test_logs(tiny_config, caplog):
     coverages = [covered[steps - 1][0] / covered[steps - 1][1], covered[-1][0] / covered[-1][1]]
     for epoch, (total, coverage) in enumerate(zip(totals, coverages, strict=True)):
         assert 0 < coverage < 1
-        assert re.search(rf"epoch {epoch} training \[time: .*s, train loss: {total:.4f}\]", text)
+        line = rf"epoch {epoch} training \[time: (.*)s, train loss: {total:.4f}, targets/s: (\d+)\]"
+        seconds, speed = map(float, re.search(line, text).groups())
+        counted = sum((batch["target_count"]).sum().item() for batch in run.train)
+        assert speed * (seconds - 0.006) <= counted <= speed * (seconds + 0.006) + seconds
         assert f"epoch {epoch} SCE [coverage: {coverage:.4f}]" in text
     assert "Saving current: " in text
     run.trainer.tensorboard.flush()
     events = EventAccumulator(run.trainer.tensorboard.log_dir).Reload()
     assert [event.value for event in events.Scalars("Loss/Train")] == pytest.approx(totals)
     assert [event.value for event in events.Scalars("Loss/coverage")] == pytest.approx(coverages)
+
+
+@pytest.mark.cuda
+def test_logs_on_a_gpu(tiny_config, caplog):
+    with caplog.at_level("INFO"):
+        fit(experiment("SASRecCCE", {**tiny_config, "use_gpu": True, "gpu_id": "0"}))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", caplog.text)
+    assert len(re.findall(r"targets/s: \d+, peak GPU memory: \d+\.\d\d GiB\]", text)) == 2
 
 
 # Extreme settings

@@ -124,7 +124,7 @@ def store_results(
     b_ref, b_mass, b_sum, b_own, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr, stride_wn,
     stride_wd, o_d, D: tl.constexpr, DTYPE: tl.constexpr, DIRECTION: tl.constexpr,
 ):  # fmt: skip
-    """Results of the places `o_i`, which hold the positions `b_n`: loss and direction by position, the rest by place."""
+    """What is known of places `o_i`, which hold positions `b_n`: loss and direction by position, the rest by place."""
     b_loss, b_lse, b_slope, b_scale = finish(b_ref, b_mass, b_own)
     tl.store(loss_ptr + b_n, b_loss, mask=m_n)
     tl.store(lse_ptr + o_i, b_lse, mask=m_n)
@@ -199,7 +199,7 @@ def full_forward_kernel(
         first = i_s * split_rows
         last = tl.minimum(first + split_rows, num_rows)
         # fp16 takes probabilities down to 2^-38 of the largest, in units in which that is 2^14
-        UP: tl.constexpr = 14.0 if DTYPE == tl.float16 else 0.0
+        UP: tl.constexpr = 14.0 if tl.float16 == DTYPE else 0.0
         b_ref, b_mass, b_sum = sweep(
             b_h, b_y, b_own - UP, w_ptr, w_desc, first, last, low, high, num_rows, padding_idx, stride_wn, stride_wd,
             D, BD, BM, BV, DTYPE, PRECISION, DIRECTION, ONLINE, UP, TMA,
@@ -315,9 +315,8 @@ def full_weight_gradient_kernel(
     """One program: what one split of the positions gives to BV rows of the table.
 
     bound [blocks + 1]: the places where the positions begin whose targets are in a block of rows. The first split is
-    written to grad_w [V+1, D], with SPLIT the others to part [splits - 1, V+1, D]. UNIFORM: all positions have the upstream
-    gradient grad[0]. Without
-    GATHER the hidden states are sorted already.
+    written to grad_w [V+1, D], with SPLIT the others to part [splits - 1, V+1, D]. UNIFORM: all positions have the
+    upstream gradient grad[0]. Without GATHER the hidden states are sorted already.
     """
     i_v = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -332,7 +331,7 @@ def full_weight_gradient_kernel(
     m_v = o_v < num_rows
     b_w = load_rows(w_ptr, o_v, stride_wn, stride_wd, m_v, o_d, D, DTYPE)
     # fp16: in units in which the largest upstream gradient is 2^14, since 1 / N times a probability would underflow
-    UP: tl.constexpr = 14.0 if DTYPE == tl.float16 else 0.0
+    UP: tl.constexpr = 14.0 if tl.float16 == DTYPE else 0.0
     unit = tl.load(grad_ptr).to(tl.float32) if UNIFORM else tl.load(unit_ptr)
 
     b_sum = tl.zeros([BV, BD], tl.float32)
@@ -363,7 +362,7 @@ def full_weight_gradient_kernel(
     # product in the loop, as the layout of two in a row is not the one of the sum.
     low = tl.maximum(low, first)
     high = tl.minimum(high, last)
-    PARTS: tl.constexpr = 1 if DTYPE == tl.float32 else 2
+    PARTS: tl.constexpr = 1 if tl.float32 == DTYPE else 2
     for i in range(0, tl.cdiv(tl.maximum(high - low, 0), BN) * PARTS):
         o_i = low + i // PARTS * BN + tl.arange(0, BN)
         m_n = o_i < high

@@ -28,13 +28,15 @@ MAX_SPLITS = 64
 
 @dataclass(frozen=True)
 class Blocks:
-    """Shape of a program: rows of the side that stays, rows of the other side at a time, programs a processor holds."""
+    """Shape of a program: rows of the side that stays, rows of the other side at a time; programs that a processor
+    holds; most registers of a thread, where it takes a limit for that."""
 
     stay: int
     stream: int
     num_warps: int
     num_stages: int
     programs: int = 1
+    registers: int | None = None
 
 
 def forward_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
@@ -183,6 +185,7 @@ def forward(
         TMA=desc is not None,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        maxnreg=blocks.registers,
     )
     online = dtype == torch.float16
     launch(ONLINE=online, AGAIN=False)
@@ -274,6 +277,7 @@ def weight_gradient(
         TMA=desc is not None,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        maxnreg=blocks.registers,
     )
     for part in () if parts is None else parts:
         grad_weight += part

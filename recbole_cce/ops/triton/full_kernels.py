@@ -1,8 +1,8 @@
 """CCE: full cross-entropy in blocks of positions x items. A block of one side stays, the other side streams past it.
 
 Positions come sorted by their target, ignored ones last: `order` [N] says which position is in which place, and the
-first `count` places hold a target. Targets of neighbours are then neighbours, so that almost no block holds one and
-has to be masked, and whatever lies beyond `count` costs nothing.
+first `bound[0]` places hold a target. Targets of neighbours are then neighbours, so that almost no block holds one and
+has to be masked, and whatever lies beyond them costs nothing.
 
 Logits are in units of log 2: exp2 is the instruction that the hardware has. A softmax denominator is a reference
 logit, where the exponentials are 1, and the mass of all items but the target in these units. It starts at the target's
@@ -143,7 +143,7 @@ def full_forward_kernel(
     w_desc,
     y_ptr,
     order_ptr,
-    count_ptr,
+    bound_ptr,
     loss_ptr,
     lse_ptr,
     slope_ptr,
@@ -180,7 +180,7 @@ def full_forward_kernel(
     """
     i_m = tl.program_id(0)
     i_s = tl.program_id(1)
-    count = tl.load(count_ptr)
+    count = tl.load(bound_ptr)
     o_d = tl.arange(0, BD)
     o_i = i_m * BM + tl.arange(0, BM)
     work = i_m * BM < count
@@ -226,7 +226,7 @@ def full_combine_kernel(
     w_ptr,
     y_ptr,
     order_ptr,
-    count_ptr,
+    bound_ptr,
     loss_ptr,
     lse_ptr,
     slope_ptr,
@@ -248,7 +248,7 @@ def full_combine_kernel(
     DIRECTION: tl.constexpr,
 ):
     """One program: the parts of BM positions, added in the order of the splits."""
-    count = tl.load(count_ptr)
+    count = tl.load(bound_ptr)
     o_d = tl.arange(0, BD)
     o_i = tl.program_id(0) * BM + tl.arange(0, BM)
     if tl.program_id(0) * BM < count:
@@ -287,7 +287,6 @@ def full_weight_gradient_kernel(
     w_ptr,
     y_ptr,
     order_ptr,
-    count_ptr,
     bound_ptr,
     lse_ptr,
     slope_ptr,
@@ -314,18 +313,18 @@ def full_weight_gradient_kernel(
 ):
     """One program: what one split of the positions gives to BV rows of the table.
 
-    bound [blocks + 1]: the places where the positions begin whose targets are in a block of rows. The first split is
+    bound [1:]: the places where the positions begin whose targets are in a block of rows. The first split is
     written to grad_w [V+1, D], with SPLIT the others to part [splits - 1, V+1, D]. UNIFORM: all positions have the
     upstream gradient grad[0]. Without GATHER the hidden states are sorted already.
     """
     i_v = tl.program_id(0)
     i_s = tl.program_id(1)
-    count = tl.load(count_ptr)
+    count = tl.load(bound_ptr)
     share = tl.cdiv(tl.cdiv(count, BN), tl.num_programs(1)) * BN  # positions of a split
     first = i_s * share
     last = tl.minimum(first + share, count)
-    low = tl.load(bound_ptr + i_v)
-    high = tl.load(bound_ptr + i_v + 1)
+    low = tl.load(bound_ptr + 1 + i_v)
+    high = tl.load(bound_ptr + 2 + i_v)
     o_d = tl.arange(0, BD)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < num_rows

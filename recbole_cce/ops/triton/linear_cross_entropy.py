@@ -130,8 +130,8 @@ def forward(
     dtype: torch.dtype,
     with_direction: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss [N]; log-sum-exp, slope = d loss / d own logit and order of the sorted positions [N]; bounds of blocks of
-    rows in it; direction [N, D] = d loss_i / d input_i, or [0].
+    """Loss [N]; log-sum-exp, slope = d loss / d own logit [N], of the sorted positions; their order [N] and its bounds,
+    see sort_positions(); direction [N, D] = d loss_i / d input_i, or [0].
 
     `input` and `weight` are what has gradients, `hidden` and `table` are the numbers to read.
     """
@@ -242,23 +242,24 @@ def weight_gradient(
     most = spare // bytes_each + (weight_dtype == torch.float32)
     most = min(most, triton.cdiv(n, 4 * blocks.stream))
     splits = num_splits(programs, num_processors(hidden.device) * blocks.programs, most)
-    grad_weight = torch.empty(table.shape, dtype=weight_dtype if splits == 1 else torch.float32, device=table.device)
-    parts = None
-    if splits > 1:
-        parts = torch.empty(splits - 1, *table.shape, dtype=torch.float32, device=table.device)
     # With one split the bytes to spare hold sorted hidden states. Ignored positions, which come last, become the first
     # one there: whatever is in their rows must not be read.
     gather = splits > 1 or spare < hidden.nbytes
     desc = None
     if not gather:
-        counts = torch.arange(n, dtype=torch.int32, device=order.device) < bounds[-1]
-        hidden = hidden.index_select(0, order.where(counts, order[0]))
+        places = torch.arange(n, dtype=torch.int32, device=order.device)
+        places = torch.where(places < bounds[0], order, order[0])
+        hidden = hidden.index_select(0, places)
+        del places
         desc = descriptor(hidden, blocks.stream)
+    grad_weight = torch.empty(table.shape, dtype=weight_dtype if splits == 1 else torch.float32, device=table.device)
+    parts = None
+    if splits > 1:
+        parts = torch.empty(splits - 1, *table.shape, dtype=torch.float32, device=table.device)
     uniform = n == 1 or grad.stride(0) == 0
     full_weight_gradient_kernel[(programs, splits)](
         grad_ptr=grad,
         unit_ptr=None if uniform else grad.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny),
-        bound_ptr=bounds,
         lse_ptr=lse,
         slope_ptr=slope,
         grad_w_ptr=grad_weight,
@@ -338,21 +339,21 @@ forward.register_autograd(backward, setup_context=setup_context)
 
 
 def num_bounds(num_rows: int, block: int) -> int:
-    """Where blocks of rows begin and end."""
-    return -(-num_rows // block) + 1
+    """How many bounds sort_positions() returns."""
+    return -(-num_rows // block) + 2
 
 
 def sort_positions(
     target: torch.Tensor, padding_idx: int | None, num_rows: int, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions in the order of their targets, ignored ones last; where each block of rows begins in that order.
-
-    The last bound is the number of positions that are not ignored. Nothing waits for the device.
+    """The positions in the order of their targets, ignored ones last; how many are not ignored and, after that number,
+    where the targets in each block of rows begin and the last one ends. Nothing waits for the device.
     """
     last = torch.iinfo(torch.int32).max
     key = target if padding_idx is None else target.masked_fill(target == padding_idx, last)
     key, order = key.int().sort(stable=True)
-    edges = torch.arange(num_bounds(num_rows, block), dtype=torch.int32, device=target.device) * block
+    edges = torch.arange(-1, num_bounds(num_rows, block) - 1, dtype=torch.int32, device=target.device) * block
+    edges[:1] = num_rows
     return order.int(), torch.searchsorted(key, edges, out_int32=True)
 
 
@@ -370,7 +371,7 @@ def common_options(
         "w_ptr": table,
         "y_ptr": target,
         "order_ptr": order,
-        "count_ptr": bounds[-1:],
+        "bound_ptr": bounds,
         "stride_hn": hidden.stride(0),
         "stride_hd": hidden.stride(1),
         "stride_wn": table.stride(0),

@@ -289,6 +289,7 @@ def full_weight_gradient_kernel(
     order_ptr,
     bound_ptr,
     lse_ptr,
+    lse_desc,
     slope_ptr,
     grad_w_ptr,
     part_ptr,
@@ -335,25 +336,24 @@ def full_weight_gradient_kernel(
 
     b_sum = tl.zeros([BV, BD], tl.float32)
     for start in range(first, last, BN):
-        o_i = start + tl.arange(0, BN)
-        m_n = o_i < last
+        # nothing is masked: places past the last target hold the first one's position, with probability 0
         if TMA:
             b_h = h_desc.load([start, 0])
-        elif GATHER:
-            b_n = tl.load(order_ptr + o_i, mask=m_n, other=0)
-            b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
+            b_lse = lse_desc.load([start])
         else:
-            b_h = load_rows(h_ptr, o_i, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
-        b_lse = tl.load(lse_ptr + o_i, mask=m_n, other=float("inf"))  # probability 0
+            o_i = start + tl.arange(0, BN)
+            b_n = tl.load(order_ptr + o_i) if GATHER else o_i
+            b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, o_i >= 0, o_d, D, DTYPE)
+            b_lse = tl.load(lse_ptr + o_i)
         b_s = tl.dot(b_w, tl.trans(b_h), input_precision=PRECISION)
         b_p = tl.exp2(b_s * LOG2_E - (b_lse - UP)[None, :])
         if not UNIFORM:
-            b_n = tl.load(order_ptr + o_i, mask=m_n, other=0)
-            b_g = tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad, mask=m_n, other=0.0).to(tl.float32)
+            b_n = tl.load(order_ptr + start + tl.arange(0, BN))
+            b_g = tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad).to(tl.float32)
             b_p *= (b_g / unit)[None, :]
         if (start < high) & (start + BN > low):
-            b_n = tl.load(order_ptr + o_i, mask=m_n, other=0)
-            b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=-1).to(tl.int32)
+            b_n = tl.load(order_ptr + start + tl.arange(0, BN))
+            b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y).to(tl.int32)
             b_p = tl.where(o_v[:, None] != b_y[None, :], b_p, 0.0)
         b_sum = add_product(b_sum, b_p, b_h, DTYPE, PRECISION)
 

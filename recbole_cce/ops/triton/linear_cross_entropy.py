@@ -24,6 +24,7 @@ except ImportError:  # before Triton 3.4
     TensorDescriptor = None
 
 MAX_SPLITS = 64
+PLACES = 128  # sorted positions come in whole blocks of so many
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def forward(
     dtype: torch.dtype,
     with_direction: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss [N]; log-sum-exp, slope = d loss / d own logit [N], of the sorted positions; their order [N] and its bounds,
-    see sort_positions(); direction [N, D] = d loss_i / d input_i, or [0].
+    """Loss [N]; for each place in the order of the targets log-sum-exp and slope = d loss / d own logit; that order and
+    its bounds, see sort_positions(); direction [N, D] = d loss_i / d input_i, or [0].
 
     `input` and `weight` are what has gradients, `hidden` and `table` are the numbers to read.
     """
@@ -141,7 +142,8 @@ def forward(
     block = gradient_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
     order, bounds = sort_positions(target, padding_idx, num_rows, block)
     loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)
-    lse, slope = torch.empty_like(loss), torch.empty_like(loss)
+    lse = torch.full((len(order),), torch.inf, dtype=torch.float32, device=hidden.device)  # probability 0
+    slope = torch.empty_like(lse)
     direction = torch.zeros(hidden.shape if with_direction else 0, dtype=input.dtype, device=hidden.device)
     if n == 0:
         return loss, lse, slope, order, bounds, direction
@@ -208,9 +210,10 @@ def _(
     with_direction: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     n, dim = hidden.shape
-    loss, lse, slope = (hidden.new_empty(n, dtype=torch.float32) for _ in range(3))
+    loss = hidden.new_empty(n, dtype=torch.float32)
+    lse, slope = (hidden.new_empty(num_places(n), dtype=torch.float32) for _ in range(2))
     block = gradient_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
-    order = hidden.new_empty(n, dtype=torch.int32)
+    order = hidden.new_empty(num_places(n), dtype=torch.int32)
     bounds = hidden.new_empty(num_bounds(len(table), block), dtype=torch.int32)
     direction = hidden.new_empty(hidden.shape if with_direction else 0, dtype=input.dtype)
     return loss, lse, slope, order, bounds, direction
@@ -242,16 +245,13 @@ def weight_gradient(
     most = spare // bytes_each + (weight_dtype == torch.float32)
     most = min(most, triton.cdiv(n, 4 * blocks.stream))
     splits = num_splits(programs, num_processors(hidden.device) * blocks.programs, most)
-    # With one split the bytes to spare hold sorted hidden states. Ignored positions, which come last, become the first
-    # one there: whatever is in their rows must not be read.
+    # with one split the bytes to spare hold sorted hidden states
     gather = splits > 1 or spare < hidden.nbytes
-    desc = None
+    desc = lse_desc = None
     if not gather:
-        places = torch.arange(n, dtype=torch.int32, device=order.device)
-        places = torch.where(places < bounds[0], order, order[0])
-        hidden = hidden.index_select(0, places)
-        del places
+        hidden = hidden.index_select(0, order)
         desc = descriptor(hidden, blocks.stream)
+        lse_desc = None if desc is None else TensorDescriptor(lse, list(lse.shape), [1], [blocks.stream])
     grad_weight = torch.empty(table.shape, dtype=weight_dtype if splits == 1 else torch.float32, device=table.device)
     parts = None
     if splits > 1:
@@ -275,9 +275,10 @@ def weight_gradient(
         SPLIT=splits > 1,
         GATHER=gather,
         h_desc=desc,
+        lse_desc=lse_desc,
         TMA=desc is not None,
         num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        num_stages=blocks.num_stages + 2 * gather,  # the order is loaded as far ahead of the rows
         maxnreg=blocks.registers,
     )
     for part in () if parts is None else parts:
@@ -346,15 +347,27 @@ def num_bounds(num_rows: int, block: int) -> int:
 def sort_positions(
     target: torch.Tensor, padding_idx: int | None, num_rows: int, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions in the order of their targets, ignored ones last; how many are not ignored and, after that number,
-    where the targets in each block of rows begin and the last one ends. Nothing waits for the device.
+    """The positions in the order of their targets, and bounds in it. Nothing waits for the device.
+
+    Ignored positions come last and are replaced by the first of all: whatever is in their rows is never read. So are
+    the places up to a multiple of PLACES. Bounds: how many positions are not ignored and, after that number, where the
+    targets in each block of rows begin and the last one ends.
     """
     last = torch.iinfo(torch.int32).max
     key = target if padding_idx is None else target.masked_fill(target == padding_idx, last)
     key, order = key.int().sort(stable=True)
     edges = torch.arange(-1, num_bounds(num_rows, block) - 1, dtype=torch.int32, device=target.device) * block
     edges[:1] = num_rows
-    return order.int(), torch.searchsorted(key, edges, out_int32=True)
+    bounds = torch.searchsorted(key, edges, out_int32=True)
+    places = order.new_zeros(num_places(len(target)), dtype=torch.int32)
+    places[: len(target)] = order
+    counted = torch.arange(len(places), dtype=torch.int32, device=places.device) < bounds[0]
+    return places.where(counted, places[:1]), bounds
+
+
+def num_places(n: int) -> int:
+    """Places of n sorted positions."""
+    return -(-n // PLACES) * PLACES
 
 
 def common_options(

@@ -215,6 +215,10 @@ def test_blocks_fit_the_chip(variant, dim, capability, limit):
     function = kernels.gradient_blocks if "gradient" in variant else kernels.forward_blocks
     blocks = function(dim, 2, limit)
     compiled = compile_variant(variant, capability, dim, blocks)
+    if dim in (128, 512):
+        exact = function(dim, 4, limit)
+        for precision in ("ieee", "tf32"):
+            assert compile_variant(variant, capability, dim, exact, "fp32", precision).metadata.shared <= limit
     assert compiled.metadata.shared <= limit and kernels.PLACES % blocks.stream == 0
     # the sum of a program in registers of 32 bits: at most 128 of a thread's 255
     assert blocks.stay * max(16, dim) <= 128 * 32 * blocks.num_warps

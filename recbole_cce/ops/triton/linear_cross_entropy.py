@@ -59,9 +59,12 @@ def gradient_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
 def fitting_blocks(dim: int, itemsize: int, shared_memory: int, stages: int) -> Blocks:
     """The largest blocks, in order of preference, whose rows fit in shared memory."""
     width = padded(dim)
-    if itemsize == 4:  # products without tensor cores keep their operands in registers: small tiles
-        size = 16 if width > 256 else 32
-        return Blocks(size, size, 4, 2, 2)
+    if itemsize == 4:  # products without tensor cores take their operands through registers: smaller tiles
+        for stay, stream, num_warps in ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 8)):
+            tiles = (stay + 2 * stream) * width * 4 + stay * stream * 4 + 512
+            if stay * width <= 64 * 256 and stream * width <= 64 * 128 and tiles <= shared_memory:
+                return Blocks(stay, stream, num_warps, 2)
+        return Blocks(16, 16, 4, 2)
     options = [(64, 64, stages), (64, 32, stages), (64, 32, 2), (32, 32, 2)]
     if width <= 256:  # the sum [stay, width] must fit in 128 registers a thread
         options = [(128, 64, stages), (128, 64, 2), (128, 32, 2), *options]

@@ -131,6 +131,33 @@ def test_kernels_in_the_interpreter():
         assert_close([torch.autograd.grad(call(hidden, weight.detach(), target), hidden)[0]], once[:1])
         assert_close([torch.autograd.grad(call(hidden.detach(), weight, target), weight)[0]], once[1:])
 
+        # fp16 holds no number below 2^-24: probabilities times an upstream gradient of 1e-6 are in larger units
+        hidden, weight, target = problem(n=150, v=300, scale=0.2, ignored=0)
+        for factor in (torch.tensor(1e-6).expand(150), 1e-6 * torch.linspace(0.5, 1, 150)):
+            results = []
+            for dtype in (torch.float32, torch.float16):
+                w = weight.clone().requires_grad_()
+                with torch.autocast("cpu", dtype=dtype):
+                    call(hidden.half().float(), w, target, reduction="none").backward(factor)
+                results.append(w.grad)
+            assert (results[0] - results[1]).norm() < 1e-3 * results[0].norm()
+
+        # one graph for all numbers of positions
+        def step(h, w, y):
+            with torch.autocast("cpu", dtype=torch.float16):
+                return call(torch.tanh(h), w, y) * 2
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for n in (150, 170, 333):
+            hidden, weight, target = problem(n=n, v=200)
+            results = []
+            for function in (step, compiled):
+                h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+                loss = function(h, w, target)
+                loss.backward()
+                results.append((loss.detach(), h.grad, w.grad))
+            assert_close(*results, tolerance=1e-5)
+
         with pytest.raises(RuntimeError, match="interpreter multiplies no bf16"):
             check_kernels(n=20, dtype=torch.bfloat16)
         with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="no bf16"):

@@ -199,7 +199,7 @@ def full_forward_kernel(
         first = i_s * split_rows
         last = tl.minimum(first + split_rows, num_rows)
         # fp16 takes probabilities down to 2^-38 of the largest, in units in which that is 2^14
-        UP: tl.constexpr = 14.0 if tl.float16 == DTYPE else 0.0
+        UP: tl.constexpr = 14.0 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
         b_ref, b_mass, b_sum = sweep(
             b_h, b_y, b_own - UP, w_ptr, w_desc, first, last, low, high, num_rows, padding_idx, stride_wn, stride_wd,
             D, BD, BM, BV, DTYPE, PRECISION, DIRECTION, ONLINE, UP, TMA,
@@ -331,7 +331,7 @@ def full_weight_gradient_kernel(
     m_v = o_v < num_rows
     b_w = load_rows(w_ptr, o_v, stride_wn, stride_wd, m_v, o_d, D, DTYPE)
     # fp16: in units in which the largest upstream gradient is 2^14, since 1 / N times a probability would underflow
-    UP: tl.constexpr = 14.0 if tl.float16 == DTYPE else 0.0
+    UP: tl.constexpr = 14.0 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
     unit = tl.load(grad_ptr).to(tl.float32) if UNIFORM else tl.load(unit_ptr)
 
     b_sum = tl.zeros([BV, BD], tl.float32)
@@ -361,7 +361,7 @@ def full_weight_gradient_kernel(
     # product in the loop, as the layout of two in a row is not the one of the sum.
     low = tl.maximum(low, first)
     high = tl.minimum(high, last)
-    PARTS: tl.constexpr = 1 if tl.float32 == DTYPE else 2
+    PARTS: tl.constexpr = 1 if DTYPE == tl.float32 else 2  # noqa: SIM300
     for i in range(0, tl.cdiv(tl.maximum(high - low, 0), BN) * PARTS):
         o_i = low + i // PARTS * BN + tl.arange(0, BN)
         m_n = o_i < high

@@ -217,7 +217,9 @@ def compile_variant(variant, capability, dim, blocks, dtype="bf16", precision="i
     arguments = (kernel, signature, constexprs, attributes)
     if version < (3, 3):  # it names constants
         arguments = (kernel, {a: t for a, t in signature.items() if a not in constants}, constants)
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages + 2 * constants.get("GATHER", False)}
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    if constants.get("GATHER") and blocks.num_stages > 1:
+        options["num_stages"] += 2
     return triton.compile(ASTSource(*arguments), target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -24,6 +24,7 @@ except ImportError:  # before Triton 3.4
     TensorDescriptor = None
 
 MAX_SPLITS = 64
+EXACT_STAGES = 1 if TensorDescriptor is None else 2  # old compilers cannot pipeline the products of fp32
 PLACES = 128  # sorted positions come in whole blocks of so many
 
 
@@ -63,11 +64,13 @@ def fitting_blocks(dim: int, itemsize: int, shared_memory: int, stages: int) -> 
         for stay, stream, num_warps in ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 8)):
             tiles = (stay + 2 * stream) * width * 4 + stay * stream * 4 + 512
             if stay * width <= 64 * 256 and stream * width <= 64 * 128 and tiles <= shared_memory:
-                return Blocks(stay, stream, num_warps, 2)
-        return Blocks(16, 16, 4, 2)
+                return Blocks(stay, stream, num_warps, EXACT_STAGES)
+        return Blocks(16, 16, 4, EXACT_STAGES)
     options = [(64, 64, stages), (64, 32, stages), (64, 32, 2), (32, 32, 2)]
     if width <= 256:  # the sum [stay, width] must fit in 128 registers a thread
         options = [(128, 64, stages), (128, 64, 2), (128, 32, 2), *options]
+    elif TensorDescriptor is None:  # old compilers abort on larger ones, whose warps share a row
+        options = [(32, 32, stages), (32, 32, 2)]
     for stay, stream, num_stages in options:
         if (stay + num_stages * stream) * width * 2 + stay * stream * 2 <= shared_memory:
             break
@@ -281,7 +284,8 @@ def weight_gradient(
         lse_desc=lse_desc,
         TMA=desc is not None,
         num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages + 2 * gather,  # the order is loaded as far ahead of the rows
+        num_stages=blocks.num_stages
+        + 2 * (gather and blocks.num_stages > 1),  # the order is loaded as far ahead of the rows
         maxnreg=blocks.registers,
     )
     for part in () if parts is None else parts:

@@ -1,6 +1,7 @@
 """Time and memory of the losses and of their public peers on one GPU.
 
-    python -m benchmarks.losses --published=DIR --output=DIR [--shapes=a,b] [--only=ours-tile,published] [--sweep]
+    python -m benchmarks.losses --published=DIR --output=DIR [--shapes=a,b] [--only="ours tile;ours none"] [--sweep]
+    python -m benchmarks.losses --shapes=full --only="ours CCE;cut-cross-entropy;Liger;CE (torch)"
 
 Forward, backward and both together: medians of CUDA events. Memory: the peak of the allocator beyond the inputs and
 beyond the gradients of both. Hidden states are bf16 and the item table is an fp32 parameter, as in training with
@@ -36,7 +37,7 @@ FLOPS, BYTES, EXPONENTIALS, L2 = 798e12, 3.0e12, 3.7e12, 50e6
 
 @dataclass(frozen=True)
 class Shape:
-    """N positions, V items, D columns, K negatives."""
+    """N positions, V items, D columns, K negatives; 0 where only losses over the whole catalogue are compared."""
 
     n: int
     v: int
@@ -44,7 +45,7 @@ class Shape:
     k: int
 
     def __str__(self) -> str:
-        return f"{self.n} x {self.v} x {self.d}, K={self.k}"
+        return f"{self.n} x {self.v} x {self.d}" + (f", K={self.k}" if self.k else "")
 
 
 SHAPES = {
@@ -52,7 +53,13 @@ SHAPES = {
     "b": Shape(131_072, 18_345, 256, 511),
     "c": Shape(131_072, 173_511, 64, 255),
     "d": Shape(131_072, 1_600_000, 256, 4095),
+    "full-a": Shape(65_536, 173_511, 256, 0),
+    "full-b": Shape(131_072, 173_511, 64, 0),
+    "full-c": Shape(131_072, 18_345, 64, 0),
+    "full-d": Shape(131_072, 18_345, 256, 0),
+    "full-e": Shape(32_768, 1_600_000, 128, 0),
 }
+SETS = {"full": ",".join(name for name in SHAPES if name.startswith("full"))}
 
 
 class Problem:
@@ -89,6 +96,16 @@ def ours(problem: Problem, sharing: str) -> Callable[[], torch.Tensor]:
     return loss
 
 
+def ours_full(problem: Problem) -> Callable[[], torch.Tensor]:
+    """CCE of this package."""
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return ops.linear_cross_entropy(problem.hidden, problem.weight, problem.target, backend="triton")
+
+    return loss
+
+
 def deterministic(problem: Problem, sharing: str) -> Callable[[], torch.Tensor]:
     """CCE- of this package, two runs bit-equal."""
     torch.use_deterministic_algorithms(True)
@@ -99,6 +116,13 @@ def torch_ce(problem: Problem) -> Callable[[], torch.Tensor]:
     """Full cross-entropy with its logits in memory."""
     weight = problem.in_bf16()
     return lambda: F.cross_entropy(problem.hidden @ weight.T, problem.target)
+
+
+def torch_linear_ce(problem: Problem) -> Callable[[], torch.Tensor]:
+    """Full cross-entropy of torch in chunks, in the versions that have it."""
+    weight = problem.in_bf16()
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda: F.linear_cross_entropy(problem.hidden, weight, problem.target, options=options)
 
 
 def torch_ce_minus(problem: Problem) -> Callable[[], torch.Tensor]:
@@ -159,10 +183,12 @@ def implementations(folder: Path | None) -> dict[str, Callable[[Problem], Callab
         "ours tile": lambda problem: ours(problem, "tile"),
         "ours none": lambda problem: ours(problem, "none"),
         "ours batch": lambda problem: ours(problem, "batch"),
+        "ours CCE": ours_full,
         "ours tile, deterministic": lambda problem: deterministic(problem, "tile"),
         "ours none, deterministic": lambda problem: deterministic(problem, "none"),
         "CE- (torch)": torch_ce_minus,
         "CE (torch)": torch_ce,
+        "linear_cross_entropy (torch)": torch_linear_ce,
         "cut-cross-entropy": apple,
         "cut-cross-entropy, unfiltered": lambda problem: apple(problem, filter_eps=None),
         "Liger": liger,
@@ -233,6 +259,12 @@ def measure_times_and_memory(make: Callable, shape: Shape, seconds: float) -> di
     }
 
 
+def full_floor_ms(shape: Shape) -> float:
+    """Time of the full loss on an H100 by the usual count: five products, three exponentials for each logit."""
+    logits = shape.n * shape.v
+    return 1e3 * max(10 * logits * shape.d / FLOPS, 3 * logits / EXPONENTIALS)
+
+
 def floor_ms(shape: Shape, sharing: str) -> float:
     """Least time of forward and backward pass on an H100: four products, two exponentials a pair, and the bytes.
 
@@ -288,7 +320,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, help="checkout of the published CCE- code")
-    parser.add_argument("--shapes", default="a,b,c,d")
+    parser.add_argument("--shapes", default="a,b,c,d", help="names, or full: all of the losses over the catalogue")
     parser.add_argument("--only", help="names of implementations, separated by ;")
     parser.add_argument("--sweep", action="store_true", help="also sweep K and V and draw the figures")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each median")
@@ -297,7 +329,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     found = implementations(args.published)
     names = args.only.split(";") if args.only else list(found)
-    rows = run(names, [SHAPES[name] for name in args.shapes.split(",") if name], found, args.seconds)
+    shapes = [SHAPES[name] for name in SETS.get(args.shapes, args.shapes).split(",") if name]
+    rows = run(names, shapes, found, args.seconds)
     if args.sweep:
         names = [name for name in names if "deterministic" not in name]
         for axis, shapes in (
@@ -318,6 +351,8 @@ def main() -> None:
         shape = Shape(row["n"], row["v"], row["d"], row["k"])
         sharing = next((s for s in ("tile", "none", "batch") if s in row["name"].split(",")[0].split()), None)
         floor = f"{floor_ms(shape, sharing):.2f}" if sharing else ""
+        if row["name"] == "ours CCE":
+            floor = f"{full_floor_ms(shape):.2f}"
         if "error" in row:
             print(f"| {shape} | {row['name']} | {row['error']} | | | | |")
         else:

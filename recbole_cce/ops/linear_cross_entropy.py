@@ -6,6 +6,7 @@ import torch
 
 from recbole_cce.ops import backend as backends
 from recbole_cce.ops import checks
+from recbole_cce.ops.reference import autocast_rounding
 from recbole_cce.ops.reference import linear_cross_entropy as reference
 
 
@@ -45,6 +46,13 @@ def linear_cross_entropy(
     Source: the standard loss; without logits after Wijmans et al., Cut Your Losses, arXiv 2411.09009.
     """
     checks.check_inputs(input, weight, target, padding_idx, reduction)
-    backends.choose("linear_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
-    loss = reference.linear_cross_entropy(input, weight, target, padding_idx)
+    rounding = autocast_rounding(input, weight)
+    dtypes = (input.dtype, weight.dtype, rounding)
+    chosen = backends.choose("linear_cross_entropy", backend, input.device, dtypes, input.size(1))
+    if chosen == "triton":
+        from recbole_cce.ops.triton import linear_cross_entropy as kernels  # triton may be missing elsewhere
+
+        loss = kernels.linear_cross_entropy(input, weight, target, padding_idx, rounding)
+    else:
+        loss = reference.linear_cross_entropy(input, weight, target, padding_idx)
     return checks.reduce(loss, checks.counted(target, padding_idx), reduction)

@@ -1,0 +1,403 @@
+"""CCE: what launches the kernels, as custom ops with gradients.
+
+The forward pass also sums up the direction of the gradient of each hidden state, from the logits that it has anyway:
+d loss_i / d h_i does not depend on other positions, so the backward pass only scales it. That leaves four products
+and two exponentials for each position and item. The gradient of the table goes block of items by block of items, so
+nothing is added by two programs at once: two runs are always bit-equal.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+import triton
+import triton.language as tl
+
+from recbole_cce.ops.triton.full_kernels import full_combine_kernel, full_forward_kernel, full_weight_gradient_kernel
+from recbole_cce.ops.triton.negatives import NO_PADDING
+from recbole_cce.ops.triton.sampled_cross_entropy import padded, precision, shared_memory
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
+
+MAX_SPLITS = 64
+EXACT_STAGES = 1 if TensorDescriptor is None else 2  # old compilers cannot pipeline the products of fp32
+PLACES = 128  # sorted positions come in whole blocks of so many
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Shape of a program: rows of the side that stays, rows of the other side at a time; programs that a processor
+    holds; most registers of a thread, where it takes a limit for that."""
+
+    stay: int
+    stream: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+    registers: int | None = None
+
+
+def forward_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
+    """Blocks of the forward kernel, where positions stay and items stream past them.
+
+    Args:
+        dim: D.
+        itemsize: bytes of a number in the products, 2 or 4.
+        shared_memory: bytes a program can have.
+    """
+    return fitting_blocks(dim, itemsize, shared_memory, 3)
+
+
+def gradient_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
+    """Blocks of the gradient of the table, where items stay and positions stream past them."""
+    return fitting_blocks(dim, itemsize, shared_memory, 3)
+
+
+def fitting_blocks(dim: int, itemsize: int, shared_memory: int, stages: int) -> Blocks:
+    """The largest blocks, in order of preference, whose rows fit in shared memory."""
+    width = padded(dim)
+    if itemsize == 4:  # products without tensor cores take their operands through registers: smaller tiles
+        for stay, stream, num_warps in ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 8)):
+            tiles = (stay + 2 * stream) * width * 4 + stay * stream * 4 + 512
+            if stay * width <= 64 * 256 and stream * width <= 64 * 128 and tiles <= shared_memory:
+                return Blocks(stay, stream, num_warps, EXACT_STAGES)
+        return Blocks(16, 16, 4, EXACT_STAGES)
+    options = [(64, 64, stages), (64, 32, stages), (64, 32, 2), (32, 32, 2)]
+    if width <= 256:  # the sum [stay, width] must fit in 128 registers a thread
+        options = [(128, 64, stages), (128, 64, 2), (128, 32, 2), *options]
+    elif TensorDescriptor is None:  # old compilers abort on larger ones, whose warps share a row
+        options = [(32, 32, stages), (32, 32, 2)]
+    for stay, stream, num_stages in options:
+        if (stay + num_stages * stream) * width * 2 + stay * stream * 2 <= shared_memory:
+            break
+    else:
+        stay, stream, num_stages = 32, 16, 1
+    return Blocks(stay, stream, 4 if width <= 64 else 8, num_stages, 2 if width <= 64 else 1)
+
+
+def num_splits(blocks: int, processors: int, most: int) -> int:
+    """Into how many equal parts to split the work of each block so that all processors have some until the end.
+
+    Args:
+        blocks: programs without a split.
+        processors: programs that run at a time.
+        most: the largest number that memory allows.
+    """
+    most = max(1, min(most, MAX_SPLITS, -(-8 * processors // blocks)))
+    # waves of programs, each a 1 / splits of a block's work, and what starting and adding up a split costs
+    return min(range(1, most + 1), key=lambda splits: -(-blocks * splits // processors) / splits * (1 + splits / 64))
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of the GPU; a few in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def descriptor(matrix: torch.Tensor, rows: int) -> Any:
+    """What the chip needs to fetch blocks of so many whole rows by itself; None if it cannot: before Hopper, or where
+    rows are not aligned. Rows past the end are zero."""
+    if TensorDescriptor is None or matrix.itemsize != 2 or matrix.stride(1) != 1 or matrix.stride(0) * 2 % 16:
+        return None
+    if matrix.device.type != "cuda" or torch.cuda.get_device_capability(matrix.device) < (9, 0):
+        return None
+    if matrix.data_ptr() % 16:
+        return None
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, padded(matrix.size(1))])
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    padding_idx: int | None,
+    rounding: torch.dtype | None,
+) -> torch.Tensor:
+    """[N] losses, zero where target == padding_idx; see ops.linear_cross_entropy."""
+    dtype = rounding or torch.promote_types(input.dtype, weight.dtype)
+    hidden, table = input.detach(), weight.detach()
+    if dtype.itemsize == 2:  # rows are read many times: rounded once, they are half as long
+        hidden, table = hidden.to(dtype), table.to(dtype)
+    with_direction = torch.is_grad_enabled() and input.requires_grad
+    return forward(input, weight, hidden, table, target, padding_idx, dtype, with_direction)[0]
+
+
+@torch.library.custom_op("recbole_cce::linear_cross_entropy", mutates_args=())
+def forward(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    target: torch.Tensor,
+    padding_idx: Optional[int],
+    dtype: torch.dtype,
+    with_direction: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss [N]; for each place in the order of the targets log-sum-exp and slope = d loss / d own logit; that order and
+    its bounds, see sort_positions(); direction [N, D] = d loss_i / d input_i, or [0].
+
+    `input` and `weight` are what has gradients, `hidden` and `table` are the numbers to read.
+    """
+    n, dim = hidden.shape
+    num_rows = len(table)
+    blocks = forward_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
+    block = gradient_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
+    order, bounds = sort_positions(target, padding_idx, num_rows, block)
+    loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)
+    lse = torch.full((len(order),), torch.inf, dtype=torch.float32, device=hidden.device)  # probability 0
+    slope = torch.empty_like(lse)
+    direction = torch.zeros(hidden.shape if with_direction else 0, dtype=input.dtype, device=hidden.device)
+    if n == 0:
+        return loss, lse, slope, order, bounds, direction
+    programs = triton.cdiv(n, blocks.stay)
+    # The parts of a split are gone before the gradient of the table needs as much memory as they may take.
+    part_bytes = 4 * n * (2 + dim * with_direction)
+    splits = num_splits(
+        programs,
+        num_processors(hidden.device) * blocks.programs,
+        min(num_rows * dim * weight.itemsize // part_bytes, triton.cdiv(num_rows, 4 * blocks.stream)),
+    )
+    split_rows = triton.cdiv(triton.cdiv(num_rows, blocks.stream), splits) * blocks.stream
+    parts = [
+        torch.empty(splits, *shape, dtype=torch.float32, device=hidden.device) if splits > 1 else None
+        for shape in ((n,), (n,), (n, dim) if with_direction else (0,))
+    ]
+    options = {
+        "loss_ptr": loss,
+        "lse_ptr": lse,
+        "slope_ptr": slope,
+        "direction_ptr": direction,
+        "part_ref_ptr": parts[0],
+        "part_mass_ptr": parts[1],
+        "part_sum_ptr": parts[2],
+        "n": n,
+        "DIRECTION": with_direction,
+        **common_options(hidden, table, target, order, bounds, dtype),
+    }
+    desc = descriptor(table, blocks.stream)
+    launch = functools.partial(
+        full_forward_kernel[(programs, splits)],
+        **options,
+        w_desc=desc,
+        num_rows=num_rows,
+        padding_idx=NO_PADDING if padding_idx is None else padding_idx,
+        split_rows=split_rows,
+        BM=blocks.stay,
+        BV=blocks.stream,
+        PRECISION=precision(),
+        SPLIT=splits > 1,
+        TMA=desc is not None,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        maxnreg=blocks.registers,
+    )
+    online = dtype == torch.float16
+    launch(ONLINE=online, AGAIN=False)
+    if not online:
+        launch(ONLINE=True, AGAIN=True)
+    if splits > 1:
+        full_combine_kernel[(triton.cdiv(n, 16),)](**options, num_splits=splits, BM=16, num_warps=4)
+    return loss, lse, slope, order, bounds, direction
+
+
+@forward.register_fake
+def _(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    target: torch.Tensor,
+    padding_idx: int | None,
+    dtype: torch.dtype,
+    with_direction: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    n, dim = hidden.shape
+    loss = hidden.new_empty(n, dtype=torch.float32)
+    lse, slope = (hidden.new_empty(num_places(n), dtype=torch.float32) for _ in range(2))
+    block = gradient_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
+    order = hidden.new_empty(num_places(n), dtype=torch.int32)
+    bounds = hidden.new_empty(num_bounds(len(table), block), dtype=torch.int32)
+    direction = hidden.new_empty(hidden.shape if with_direction else 0, dtype=input.dtype)
+    return loss, lse, slope, order, bounds, direction
+
+
+@torch.library.custom_op("recbole_cce::linear_cross_entropy_weight_gradient", mutates_args=())
+def weight_gradient(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    slope: torch.Tensor,
+    order: torch.Tensor,
+    bounds: torch.Tensor,
+    padding_idx: Optional[int],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    spare: int,
+) -> torch.Tensor:
+    """d loss / d weight [V+1, D], given `grad` [N] = d loss / d loss_i. `spare`: bytes that it may take on top."""
+    n, dim = hidden.shape
+    if n == 0:
+        return torch.zeros(table.shape, dtype=weight_dtype, device=table.device)
+    blocks = gradient_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
+    programs = triton.cdiv(len(table), blocks.stay)
+    bytes_each = 4 * table.numel()
+    # the first split is written to the gradient itself if that is fp32
+    most = spare // bytes_each + (weight_dtype == torch.float32)
+    most = min(most, triton.cdiv(n, 4 * blocks.stream))
+    splits = num_splits(programs, num_processors(hidden.device) * blocks.programs, most)
+    # with one split the bytes to spare hold sorted hidden states
+    gather = splits > 1 or spare < hidden.nbytes
+    desc = lse_desc = None
+    if not gather:
+        hidden = hidden.index_select(0, order)
+        desc = descriptor(hidden, blocks.stream)
+        lse_desc = None if desc is None else TensorDescriptor(lse, list(lse.shape), [1], [blocks.stream])
+    grad_weight = torch.empty(table.shape, dtype=weight_dtype if splits == 1 else torch.float32, device=table.device)
+    parts = None
+    if splits > 1:
+        parts = torch.empty(splits - 1, *table.shape, dtype=torch.float32, device=table.device)
+    uniform = n == 1 or grad.stride(0) == 0
+    full_weight_gradient_kernel[(programs, splits)](
+        grad_ptr=grad,
+        unit_ptr=None if uniform else grad.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny),
+        lse_ptr=lse,
+        slope_ptr=slope,
+        grad_w_ptr=grad_weight,
+        part_ptr=parts,
+        num_rows=len(table),
+        padding_idx=NO_PADDING if padding_idx is None else padding_idx,
+        stride_grad=grad.stride(0),
+        **common_options(hidden, table, target, order, bounds, dtype),
+        BN=blocks.stream,
+        BV=blocks.stay,
+        PRECISION=precision(),
+        UNIFORM=uniform,
+        SPLIT=splits > 1,
+        GATHER=gather,
+        h_desc=desc,
+        lse_desc=lse_desc,
+        TMA=desc is not None,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages
+        + 2 * (gather and blocks.num_stages > 1),  # the order is loaded as far ahead of the rows
+        maxnreg=blocks.registers,
+    )
+    for part in () if parts is None else parts:
+        grad_weight += part
+    return grad_weight.to(weight_dtype)
+
+
+@weight_gradient.register_fake
+def _(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    slope: torch.Tensor,
+    order: torch.Tensor,
+    bounds: torch.Tensor,
+    padding_idx: int | None,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    spare: int,
+) -> torch.Tensor:
+    return table.new_empty(table.shape, dtype=weight_dtype)
+
+
+def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keep what the gradients need; the direction becomes the gradient of the input in its own memory."""
+    input, weight, hidden, table, target, ctx.padding_idx, ctx.dtype, _ = inputs
+    _, *rest, ctx.direction = output
+    ctx.input_dtype, ctx.weight_dtype = input.dtype, weight.dtype
+    ctx.mark_non_differentiable(*rest, ctx.direction)
+    ctx.set_materialize_grads(False)  # torch would fill an [N, D] tensor with zeros for the direction
+    ctx.save_for_backward(hidden, table, target, *rest)
+
+
+def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
+    """Scale the directions; sum up the rows of the table."""
+    hidden, table, target, *rest = ctx.saved_tensors
+    grad_input = grad_weight = None
+    if ctx.needs_input_grad[1]:
+        # where nothing had to be copied to be rounded, parts of the sum may take as much memory as 16-bit copies
+        spare = sum(
+            2 * numbers.numel()
+            for numbers, dtype in ((hidden, ctx.input_dtype), (table, ctx.weight_dtype))
+            if numbers.dtype == dtype
+        )
+        grad_weight = weight_gradient(
+            grad, hidden, table, target, *rest, ctx.padding_idx, ctx.dtype, ctx.weight_dtype, spare
+        )
+    if ctx.needs_input_grad[0]:
+        if ctx.direction is None:  # a second backward pass through the same graph
+            like = hidden.new_empty(hidden.shape, dtype=ctx.input_dtype), table.new_empty(0, dtype=ctx.weight_dtype)
+            ctx.direction = forward(*like, hidden, table, target, ctx.padding_idx, ctx.dtype, True)[-1]
+        grad_input, ctx.direction = ctx.direction.mul_(grad[:, None]), None
+    return grad_input, grad_weight, *[None] * 6
+
+
+forward.register_autograd(backward, setup_context=setup_context)
+
+
+def num_bounds(num_rows: int, block: int) -> int:
+    """How many bounds sort_positions() returns."""
+    return -(-num_rows // block) + 2
+
+
+def sort_positions(
+    target: torch.Tensor, padding_idx: int | None, num_rows: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions in the order of their targets, and bounds in it. Nothing waits for the device.
+
+    Ignored positions come last and are replaced by the first of all: whatever is in their rows is never read. So are
+    the places up to a multiple of PLACES. Bounds: how many positions are not ignored and, after that number, where the
+    targets in each block of rows begin and the last one ends.
+    """
+    last = torch.iinfo(torch.int32).max
+    key = target if padding_idx is None else target.masked_fill(target == padding_idx, last)
+    key, order = key.int().sort(stable=True)
+    edges = torch.arange(-1, num_bounds(num_rows, block) - 1, dtype=torch.int32, device=target.device) * block
+    edges[:1] = num_rows
+    bounds = torch.searchsorted(key, edges, out_int32=True)
+    places = order.new_zeros(num_places(len(target)), dtype=torch.int32)
+    places[: len(target)] = order
+    counted = torch.arange(len(places), dtype=torch.int32, device=places.device) < bounds[0]
+    return places.where(counted, places[:1]), bounds
+
+
+def num_places(n: int) -> int:
+    """Places of n sorted positions."""
+    return -(-n // PLACES) * PLACES
+
+
+def common_options(
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    target: torch.Tensor,
+    order: torch.Tensor,
+    bounds: torch.Tensor,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Arguments that all kernels take."""
+    return {
+        "h_ptr": hidden,
+        "w_ptr": table,
+        "y_ptr": target,
+        "order_ptr": order,
+        "bound_ptr": bounds,
+        "stride_hn": hidden.stride(0),
+        "stride_hd": hidden.stride(1),
+        "stride_wn": table.stride(0),
+        "stride_wd": table.stride(1),
+        "stride_y": target.stride(0),
+        "D": hidden.size(1),
+        "BD": padded(hidden.size(1)),
+        "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+    }

@@ -255,5 +255,5 @@ def test_a_checkpoint_of_two_processes_resumed_by_one(found, data, caplog):
     run = alone(data, "odd", **SAMPLED, epochs=5)
     run.trainer.resume_checkpoint(str(found["folder"] / found["resumed_run"][0]["file"]))
     run.trainer.fit(run.train, run.valid)
-    assert "the checkpoint is one of 2 processes, these are 1" in caplog.text
+    assert "the checkpoint has the random numbers of 2 processes, these are 1" in caplog.text
     assert list(run.trainer.train_loss_dict) == [4]

@@ -161,7 +161,7 @@ def test_flags_on_the_pages_exist():
         lines = [line for line in commands(text) if "run_recbole_cce.py" in line]
         for line in lines:
             flags = [word for word in shlex.split(line) if word.startswith("--") and "=" in word]
-            options = {"--model", "--dataset", "--config_files", "--nproc"}
+            options = {"--model", "--dataset", "--config_files", "--nproc", "--resume"}
             flags = [flag for flag in flags if flag.partition("=")[0] not in options and flag != "--loss_type=BPR"]
             cli.check_flags(flags, {}, "SASRecCCE")
             for file in re.findall(r"--config_files=(properties/\S+)", line):

@@ -94,7 +94,7 @@ def make_safe(file: Path | str) -> None:
 
     Unpickles it: see `trust` of read().
     """
-    write(torch.load(file, map_location="cpu", weights_only=False), Path(file))
+    write(read(file, trust=True), Path(file))
 
 
 def remove_leftovers(file: Path) -> None:

@@ -30,14 +30,12 @@ EXAMPLES = """examples:
   %(prog)s --model=SASRecSCE --bucket_size_y=512
   %(prog)s --config_files="my.yaml other.yaml" --epochs=20
   %(prog)s --model=SASRec --dataset=ml-1m                 RecBole's own model, same data and evaluation
-  %(prog)s --dataset=ml-20m --resume                  go on with the last run, after a kill or with more --epochs
+  %(prog)s --dataset=ml-20m --resume                      go on with the last run: after a kill, or to more epochs
   %(prog)s --nproc=4 --gpu_id=0,1,2,3                     four GPUs of this machine
   %(prog)s doctor                                         versions, GPU, active repairs of RecBole
 
 Every other key of RecBole's configuration is a flag too, as --key=value. Flags win over configuration files.
 """
-
-
 TRUST = ("--trust-checkpoint", "--trust_checkpoint")
 
 

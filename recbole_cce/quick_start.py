@@ -78,7 +78,8 @@ def load_data_and_model(model_file: str, trust_checkpoint: bool = False) -> tupl
     """
     if trust_checkpoint:
         checkpoints.make_safe(model_file)
-    checkpoints.read(model_file)
+    else:
+        checkpoints.read(model_file)
     return _load_data_and_model(model_file)
 
 
@@ -86,4 +87,4 @@ def install() -> None:
     """Put the functions above where RecBole's entry points look them up, and its users import them from."""
     recbole_quick_start.run_recboles = run_recboles  # mp.spawn pickles its target by reference
     recbole_quick_start.get_trainer = get_trainer
-    recbole.quick_start.load_data_and_model = load_data_and_model
+    recbole_quick_start.load_data_and_model = recbole.quick_start.load_data_and_model = load_data_and_model

@@ -193,8 +193,11 @@ class EfficientTrainer(Trainer):
             if self.resumed.get("scaler"):  # empty where none was needed
                 self.scaler.load_state_dict(self.resumed["scaler"])
             self.valid_result = self.best_valid_result = self.resumed.get("best_valid_result")
-            if self.cur_step > self.stopping_step:  # it has stopped early
+            if self.cur_step > self.stopping_step:
                 self.epochs = self.start_epoch
+                self.logger.info(
+                    f"It had stopped early: with stopping_step {self.stopping_step}, nothing is left to train"
+                )
             self.resumed = None
         result = super().fit(train_data, valid_data, verbose, saved, *args, **kwargs)
         self._save_last()
@@ -262,7 +265,9 @@ class EfficientTrainer(Trainer):
             raise ValueError(f"{resume_file} needs {best} beside it, the best epoch of the same run")
         try:
             super().resume_checkpoint(resume_file)
-        except RuntimeError as error:  # torch's, of parameters that differ in name or shape
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):  # torch's, of parameters that differ in name or shape
+                raise
             raise ValueError(f"{resume_file} does not fit this model's settings: {error}") from error
         checkpoints.remove_leftovers(best)
         self.saved_model_file = str(best)

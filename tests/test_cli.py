@@ -164,10 +164,10 @@ def saved(command, tmp_path):
     (tmp_path / "data" / "other").mkdir()
     (tmp_path / "data" / "other" / "other.inter").write_bytes((tmp_path / "data" / "tiny" / "tiny.inter").read_bytes())
     for index, flags in enumerate((["--model=SASRecSCE"], [], ["--dataset=other"])):
-        command(*flags, f"--checkpoint_dir={index}")
+        command(*flags, f"--checkpoint_dir=run{index}")
     (tmp_path / "saved").mkdir()
     for index, name in enumerate(("SASRecSCE-a.pth", "SASRecCCE-b.pth", "SASRecCCE-c.pth")):
-        (file,) = (tmp_path / str(index)).iterdir()
+        (file,) = (tmp_path / f"run{index}").iterdir()
         file = file.rename(tmp_path / "saved" / name)
         os.utime(file, (1000 + index, 1000 + index))
     return tmp_path / "saved"

@@ -152,6 +152,7 @@ def killed_run(rank, settings, found):
     step, steps = run.trainer._forward_backward, itertools.count()
 
     def failing_step(*args):
+        found.setdefault("name", run.trainer.saved_model_file)
         if next(steps) == 5 * len(run.train) + 1:
             raise InterruptedError
         return step(*args)
@@ -284,6 +285,7 @@ def test_two_and_two_epochs_are_four(found):
 
 def test_killed_and_resumed(found):
     """From the last epoch, which was not the best one."""
+    assert len({process["name"] for process in found["killed_run"]}) == 1  # before anything was saved
     for process in found["killed_run"]:
         assert process["file"].endswith(".pth.last")
         assert process["epochs"] == [5]

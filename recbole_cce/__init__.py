@@ -14,6 +14,6 @@ __version__ = "0.1.0"
 
 register_model = registry.register_model
 registry.register_builtin()
-quick_start.install_worker()
+quick_start.install()
 
 __all__ = ["__version__", "register_model"]

@@ -21,7 +21,7 @@ from recbole.config import Config
 from recbole.utils import argument_list
 
 import recbole_cce
-from recbole_cce import compat, ops, quick_start, recommend, registry, settings
+from recbole_cce import checkpoints, compat, ops, quick_start, recommend, registry, settings
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   %(prog)s --model=SASRecSCE --bucket_size_y=512
   %(prog)s --config_files="my.yaml other.yaml" --epochs=20
   %(prog)s --model=SASRec --dataset=ml-1m                 RecBole's own model, same data and evaluation
+  %(prog)s --dataset=ml-20m --resume                      go on with the last run: after a kill, or to more epochs
   %(prog)s --nproc=4 --gpu_id=0,1,2,3                     four GPUs of this machine
   %(prog)s recommend --checkpoint=saved/FILE.pth --k=50 --exclude-seen --output=top.csv
   %(prog)s export --checkpoint=saved/FILE.pth --output=items
@@ -37,6 +38,7 @@ EXAMPLES = """examples:
 
 Every other key of RecBole's configuration is a flag too, as --key=value. Flags win over configuration files.
 """
+TRUST = ("--trust-checkpoint", "--trust_checkpoint")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +53,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="a model of this package or of RecBole (default: SASRecCCE)")
     parser.add_argument("--dataset", help="name of the data set, a folder in data_path (default: ml-100k)")
     parser.add_argument("--config_files", help="YAML files, separated by spaces; later ones win")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="go on training from a checkpoint; without FILE, from the newest one of this model and data set in "
+        "checkpoint_dir. Give the other flags of that run again",
+    )
+    parser.add_argument(
+        *TRUST,
+        action="store_true",
+        help="let --resume read a file of stock RecBole, which may run any code; it is written anew as a safe one",
+    )
     parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, one GPU each")
     parser.add_argument("--ip", default="localhost", help="address of the first machine")
     parser.add_argument("--port", default="5678", help="port on the first machine")
@@ -126,17 +141,48 @@ def arguments() -> dict[str, Any]:
         ValueError, argparse.ArgumentError: names the option, its value and what it takes.
     """
     args, rest = parser().parse_known_args()
+    # RecBole's Config reads sys.argv, too, and warns of flags without a value
+    sys.argv = [word for word in sys.argv if word not in ("--resume", *TRUST)]
     files = args.config_files.split() if args.config_files else []
     in_files = {key: value for file in files for key, value in config_file(file).items()}
     model = args.model or in_files.get("model") or "SASRecCCE"
     check_model(model)
     check_flags(rest, in_files, model)
     dataset = args.dataset or in_files.get("dataset") or "ml-100k"
-    check_config(Config(model, dataset, quick_start.config_files(model, dataset, files)), args.nproc)
+    config = Config(model, dataset, quick_start.config_files(model, dataset, files))
+    check_config(config, args.nproc)
+    file = resumed_file(args.resume, args.trust_checkpoint, config)
     names = ("nproc", "world_size", "ip", "port", "group_offset")
-    return {"model": model, "dataset": dataset, "config_file_list": files} | {
-        name: getattr(args, name) for name in names
-    }
+    return {
+        "model": model,
+        "dataset": dataset,
+        "config_file_list": files,
+        "config_dict": {"resume": file} if file else {},
+    } | {name: getattr(args, name) for name in names}
+
+
+def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str | None:
+    """The checkpoint that --resume (True: without a value) asks for, checked before any data is read.
+
+    Raises:
+        ValueError: there is none, it is damaged, not to be trusted, or one of another model or data set.
+    """
+    if resume is None:
+        if trust:
+            raise ValueError("--trust-checkpoint is of use with --resume only")
+        return None
+    names = (config["model"], config["dataset"])
+    file = Path(resume) if resume is not True else checkpoints.newest(config["checkpoint_dir"], *names, trust)
+    if not file.is_file():
+        raise ValueError(f"--resume: there is no file {resume!r}")
+    saved = checkpoints.read(file, trust)["config"]
+    if (saved["model"], saved["dataset"]) != names:
+        raise ValueError(
+            f"--resume: {file} is a checkpoint of {saved['model']} on {saved['dataset']}, not of {' on '.join(names)}"
+        )
+    if trust:
+        checkpoints.make_safe(file)
+    return str(file)
 
 
 def is_users_mistake(error: Exception) -> bool:

@@ -30,6 +30,8 @@ import pandas as pd
 import scipy.sparse
 import torch
 
+from recbole_cce import checkpoints
+
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
 
@@ -277,17 +279,15 @@ def checkpoint_state(trainer: Any, epoch: int) -> dict[str, Any]:
 def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
     """Trainer._save_checkpoint: atomic, in torch's default pickle protocol.
 
-    Every process calls it, the first one of a machine writes. RecBole names the file after the second in which a
-    process got there, and lets the others go on meanwhile: they would read another file, or the one of an older epoch.
+    Every process calls it, the first one of a machine writes. RecBole lets the others go on meanwhile: they would read
+    the file of an older epoch.
     """
     distributed = not trainer.config["single_spec"]
     if distributed:
-        names = [trainer.saved_model_file]
-        torch.distributed.broadcast_object_list(names)
-        trainer.saved_model_file = names[0]
+        share_file_name(trainer)
     if not distributed or trainer.config["local_rank"] == 0:
         destination = Path(kwargs.pop("saved_model_file", trainer.saved_model_file))
-        write_checkpoint(trainer._checkpoint_state(epoch), destination)
+        checkpoints.write(trainer._checkpoint_state(epoch), destination)
         if verbose:
             from recbole.utils import set_color
 
@@ -296,18 +296,11 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
         torch.distributed.barrier()
 
 
-def write_checkpoint(state: dict[str, Any], destination: Path) -> None:
-    """torch.save to a file beside the destination, then renamed to it."""
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, destination)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def share_file_name(trainer: Any) -> None:
+    """Let every process have the first one's file: RecBole names it after the second in which a process got there."""
+    names = [trainer.saved_model_file]
+    torch.distributed.broadcast_object_list(names)
+    trainer.saved_model_file = names[0]
 
 
 def pandas_fill_nan() -> str | None:

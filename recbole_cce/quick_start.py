@@ -6,13 +6,17 @@ imported; HyperTuning takes recbole.quick_start.objective_function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import recbole.quick_start
 import recbole.quick_start.quick_start as recbole_quick_start
 
-from recbole_cce import registry
+from recbole_cce import checkpoints, registry
 
 _run_recboles = recbole_quick_start.run_recboles
+_get_trainer = recbole_quick_start.get_trainer
+_load_data_and_model = recbole_quick_start.load_data_and_model
 
 
 def run(
@@ -28,7 +32,8 @@ def run(
 
     Args:
         model, dataset, config_file_list: as RecBole's.
-        **kwargs: config_dict, saved, nproc, world_size, ip, port, group_offset, as RecBole's.
+        **kwargs: config_dict, saved, nproc, world_size, ip, port, group_offset, as RecBole's. `resume` in config_dict
+            names a checkpoint to go on from.
 
     Returns:
         RecBole's result: best_valid_score, valid_score_bigger, best_valid_result, test_result.
@@ -48,6 +53,38 @@ def run_recboles(rank: int, *args: Any) -> None:
     _run_recboles(rank, *args)
 
 
-def install_worker() -> None:
-    """Make recbole.quick_start.run spawn our worker: mp.spawn pickles its target by reference."""
-    recbole_quick_start.run_recboles = run_recboles
+def get_trainer(model_type: Any, model_name: str) -> Callable[..., Any]:
+    """RecBole's, for its entry points alone: their trainer goes on from the checkpoint that `resume` names."""
+    trainer_class = _get_trainer(model_type, model_name)
+
+    def make_trainer(config: Any, model: Any) -> Any:
+        trainer = trainer_class(config, model)
+        if config["resume"]:
+            trainer.resume_checkpoint(config["resume"])
+        return trainer
+
+    return make_trainer
+
+
+def load_data_and_model(model_file: str, trust_checkpoint: bool = False) -> tuple[Any, ...]:
+    """RecBole's, with one error for a file that is damaged or would run code.
+
+    Args:
+        model_file: as RecBole's.
+        trust_checkpoint: read a file of stock RecBole, which may run any code, and write it anew as a safe one.
+
+    Raises:
+        ValueError: names the file and what to do.
+    """
+    if trust_checkpoint:
+        checkpoints.make_safe(model_file)
+    else:
+        checkpoints.read(model_file)
+    return _load_data_and_model(model_file)
+
+
+def install() -> None:
+    """Put the functions above where RecBole's entry points look them up, and its users import them from."""
+    recbole_quick_start.run_recboles = run_recboles  # mp.spawn pickles its target by reference
+    recbole_quick_start.get_trainer = get_trainer
+    recbole_quick_start.load_data_and_model = recbole.quick_start.load_data_and_model = load_data_and_model

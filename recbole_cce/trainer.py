@@ -16,7 +16,8 @@ from torch import distributed, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_cce.compat import checkpoint_state
+from recbole_cce import checkpoints
+from recbole_cce.compat import checkpoint_state, share_file_name
 from recbole_cce.cuda_graph import GraphedStep
 from recbole_cce.data import TARGET_COUNT
 from recbole_cce.evaluation import TopK, auto_chunk_items, chunked_topk
@@ -60,6 +61,8 @@ class EfficientTrainer(Trainer):
         self.random_states: list[dict[str, Any]] = []  # of each process
         self.resumed: dict[str, Any] | None = None
         self.valid_result: dict[str, float] | None = None
+        self.saves = False
+        self.trained_epoch = self.saved_epoch = -1
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super()._build_optimizer(**kwargs)
@@ -87,6 +90,8 @@ class EfficientTrainer(Trainer):
         Raises:
             ValueError: a loss was NaN; names the first such step. The last checkpoint is from before.
         """
+        self._save_last()  # the epoch before: only now its validation is over
+        self.trained_epoch = epoch_idx
         self.model.train()
         self.n_targets = train_data.dataset.n_targets
         loss_func = loss_func or self.model.calculate_loss
@@ -182,18 +187,38 @@ class EfficientTrainer(Trainer):
             TARGET_COUNT,
         )
 
-    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> tuple[float, dict[str, float]]:
-        """As RecBole's; after resume_checkpoint, data order and random numbers go on where they stopped."""
+    def fit(
+        self,
+        train_data: Any,
+        valid_data: Any = None,
+        verbose: bool = True,
+        saved: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[float, dict[str, float]]:
+        """As RecBole's, and the last epoch is saved besides the best one.
+
+        After resume_checkpoint, data order and random numbers go on where they stopped.
+        """
+        self.saves = saved
         self.train_generator = train_data.generator
-        if self.distributed:  # RecBole seeds by local_rank, which two machines share
-            torch.manual_seed(self.config["seed"] + distributed.get_rank())
+        if self.distributed:
+            torch.manual_seed(self.config["seed"] + distributed.get_rank())  # RecBole's local_rank is not unique
+            share_file_name(self)
         if self.resumed is not None:
-            self._resume_random_state(self.resumed["random_states"])
-            if self.resumed["scaler"]:  # empty where none was needed
+            self._resume_random_state(self.resumed.get("random_states", []))
+            if self.resumed.get("scaler"):  # empty where none was needed
                 self.scaler.load_state_dict(self.resumed["scaler"])
-            self.valid_result = self.best_valid_result = self.resumed["best_valid_result"]
+            self.valid_result = self.best_valid_result = self.resumed.get("best_valid_result")
+            if self.cur_step > self.stopping_step:
+                self.epochs = self.start_epoch
+                self.logger.info(
+                    f"It had stopped early: with stopping_step {self.stopping_step}, nothing is left to train"
+                )
             self.resumed = None
-        return super().fit(train_data, *args, **kwargs)
+        result = super().fit(train_data, valid_data, verbose, saved, *args, **kwargs)
+        self._save_last()
+        return result
 
     def _resume_random_state(self, states: list[dict[str, Any]]) -> None:
         rank, processes = (distributed.get_rank(), distributed.get_world_size()) if self.distributed else (0, 1)
@@ -201,8 +226,8 @@ class EfficientTrainer(Trainer):
             set_random_state(states[rank], self.device, self.train_generator)
         else:
             self.logger.warning(
-                f"the checkpoint is one of {len(states)} processes, these are {processes}: training goes on with other "
-                "random numbers"
+                f"the checkpoint has the random numbers of {len(states)} processes, these are {processes}: training "
+                "goes on with others"
             )
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
@@ -213,33 +238,58 @@ class EfficientTrainer(Trainer):
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """As RecBole's, which every process calls and the first one does."""
+        if epoch < 0 < self.start_epoch:
+            return  # no epoch is left of a resumed run: RecBole would write its file anew, as one of no epoch
+        best = "saved_model_file" not in kwargs
+        if best:
+            self.best_valid_result = self.valid_result
         state = random_state(self.device, self.train_generator)
         self.random_states = [state]
         if self.distributed:
             self.random_states = [state] * distributed.get_world_size()
             distributed.all_gather_object(self.random_states, state)
-        # RecBole calls with -1 where no epoch is left to train, after resuming a finished run, too
-        super()._save_checkpoint(max(epoch, self.start_epoch - 1), verbose, **kwargs)
+        super()._save_checkpoint(epoch, verbose, **kwargs)
+        self.saved_epoch = epoch
+        if best:
+            checkpoints.last_file(self.saved_model_file).unlink(missing_ok=True)
+
+    def _save_last(self) -> None:
+        """Save the last epoch beside the best one, unless that is the same: a killed run loses one epoch at most."""
+        if self.saves and self.trained_epoch != self.saved_epoch:
+            last = checkpoints.last_file(self.saved_model_file)
+            self._save_checkpoint(self.trained_epoch, verbose=False, saved_model_file=last)
 
     def _checkpoint_state(self, epoch: int) -> dict[str, Any]:
         return checkpoint_state(self, epoch) | {
             "scaler": self.scaler.state_dict(),
             "random_states": self.random_states,
-            "best_valid_result": self.valid_result,
+            "best_valid_result": self.best_valid_result,
         }
 
     def resume_checkpoint(self, resume_file: str) -> None:
-        """Load a checkpoint to go on with fit().
+        """Load a checkpoint, of the best or of the last epoch, to go on with fit().
 
         Raises:
-            ValueError: it is one of another model or catalogue.
+            ValueError: it is damaged, one of another model, catalogue or optimizer, or the best epoch's file is gone.
         """
-        checkpoint = torch.load(resume_file, map_location="cpu")
-        model = checkpoint["config"]["model"]
-        if model != self.config["model"]:
-            raise ValueError(f"{resume_file} is a checkpoint of {model}, not of {self.config['model']}")
-        super().resume_checkpoint(resume_file)
-        self.resumed = {name: checkpoint[name] for name in ("scaler", "random_states", "best_valid_result")}
+        checkpoint = checkpoints.read(resume_file)
+        for key in ("model", "learner"):
+            saved, own = checkpoint["config"][key], self.config[key]
+            if saved != own:
+                raise ValueError(f"{resume_file} is a checkpoint of {key} {saved}, not of {own}")
+        best = checkpoints.best_file(resume_file)
+        if checkpoint.get("best_valid_result") is not None and not best.is_file():
+            raise ValueError(f"{resume_file} needs {best} beside it, the best epoch of the same run")
+        try:
+            super().resume_checkpoint(resume_file)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):  # torch's, of parameters that differ in name or shape
+                raise
+            raise ValueError(f"{resume_file} does not fit this model's settings: {error}") from error
+        checkpoints.remove_leftovers(best)
+        self.saved_model_file = str(best)
+        self.trained_epoch = self.saved_epoch = checkpoint["epoch"]
+        self.resumed = checkpoint
 
     def evaluate(self, eval_data: Any, *args: Any, **kwargs: Any) -> dict[str, float] | None:
         """As RecBole's; ranking metrics of several processes are computed over all their users together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import re
 import sys
 import threading
@@ -155,6 +156,74 @@ def test_processes_of_several_machines(monkeypatch):
 )
 def test_one_line_for_a_mistake(mistake, flag, message):
     assert re.search(message, mistake(flag))
+
+
+@pytest.fixture
+def saved(command, tmp_path):
+    """Files of SASRecCCE and SASRecSCE on `tiny`, and the newest one of all, of SASRecCCE on `other`."""
+    (tmp_path / "data" / "other").mkdir()
+    (tmp_path / "data" / "other" / "other.inter").write_bytes((tmp_path / "data" / "tiny" / "tiny.inter").read_bytes())
+    for index, flags in enumerate((["--model=SASRecSCE"], [], ["--dataset=other"])):
+        command(*flags, f"--checkpoint_dir=run{index}")
+    (tmp_path / "saved").mkdir()
+    for index, name in enumerate(("SASRecSCE-a.pth", "SASRecCCE-b.pth", "SASRecCCE-c.pth")):
+        (file,) = (tmp_path / f"run{index}").iterdir()
+        file = file.rename(tmp_path / "saved" / name)
+        os.utime(file, (1000 + index, 1000 + index))
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume=no.pth"], "--resume: there is no file 'no.pth'"),
+        (["--resume="], "--resume: there is no file ''"),
+        (["--resume", "--model=GRU4Rec"], "--resume: there is no checkpoint of GRU4Rec on tiny in 'saved'"),
+        (
+            ["--resume", "--model=SASRecSCE", "--dataset=other"],
+            "--resume: there is no checkpoint of SASRecSCE on other in 'saved'",
+        ),
+        (
+            ["--resume=saved/SASRecSCE-a.pth"],
+            "--resume: saved/SASRecSCE-a.pth is a checkpoint of SASRecSCE on tiny, not of SASRecCCE on tiny",
+        ),
+        (
+            ["--resume=saved/SASRecCCE-c.pth"],
+            "--resume: saved/SASRecCCE-c.pth is a checkpoint of SASRecCCE on other, not of SASRecCCE on tiny",
+        ),
+        (["--trust-checkpoint"], "--trust-checkpoint is of use with --resume only"),
+        (["--resume", "--hidden_size=8"], "the checkpoint's item table is 30 items x 16, this model's is 30 items x 8"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_line_for_a_mistake_in_resuming(saved, mistake, flags, message):
+    assert mistake(*flags).startswith(message)
+
+
+def test_another_catalogue_of_the_same_name(saved, mistake, tmp_path):
+    file = tmp_path / "data" / "tiny" / "tiny.inter"
+    file.write_text(re.sub(r"\ti(\d+)", r"\tother\1", file.read_text()))
+    assert mistake("--resume").startswith("the checkpoint was trained on another catalogue")
+
+
+def test_a_truncated_file(saved, mistake):
+    file = saved / "SASRecCCE-b.pth"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for flag in ("--resume", "--resume=saved/SASRecCCE-b.pth"):
+        assert mistake(flag).startswith("saved/SASRecCCE-b.pth is truncated or corrupt: delete it, and resume from")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--resume"], ["--resume=saved/SASRecCCE-b.pth"], ["--resume", "saved/SASRecCCE-b.pth"]]
+)
+def test_what_is_resumed(saved, command, monkeypatch, flags):
+    """The newest of the model and the data set; every process gets it, from one place."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(quick_start.recbole_quick_start, "run", lambda *names, **arguments: runs.append(arguments))
+    runs = []
+    command(*flags, "--nproc=2", "--gpu_id=0,1")
+    assert runs[0]["nproc"] == 2
+    assert runs[0]["config_dict"] == {"resume": "saved/SASRecCCE-b.pth"}
 
 
 @pytest.mark.parametrize("key", settings.KEYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import os
@@ -16,7 +17,7 @@ from recbole.config import Config
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from recbole_cce import quick_start
+from recbole_cce import checkpoints, quick_start
 from recbole_cce.ops import negatives
 from recbole_cce.trainer import EfficientTrainer
 from tests.build import experiment
@@ -52,6 +53,7 @@ EXACT = {
 }
 # loss_type CE- shows its draws to the recorder
 SAMPLED = {"loss_type": "CE-", "negative_distribution": "popularity"}
+VALIDATED = {"learning_rate": 0.03, "eval_step": 1}  # the best epoch is an early one
 GAUC = {"metrics": ["GAUC", "Hit"], "valid_metric": "GAUC"}
 
 
@@ -139,12 +141,42 @@ def resumed_run(rank, settings, found):
         found[name] = {"weights": weights(run), "drawn": drawn, "random": torch.get_rng_state()}
 
 
+def killed_run(rank, settings, found):
+    """Six epochs, and as many by a run that stops in the middle of one and another that is made by run_recbole."""
+    settings = {**settings, **SAMPLED, **VALIDATED, "epochs": 6}
+    run = experiment("SASRecCCE", {**settings, "checkpoint_dir": "whole"}, "odd")
+    found["whole result"] = run.trainer.fit(run.train, run.valid)
+    found["whole"] = weights(run)
+
+    run = experiment("SASRecCCE", {**settings, "checkpoint_dir": "killed"}, "odd")
+    step, steps = run.trainer._forward_backward, itertools.count()
+
+    def failing_step(*args):
+        found.setdefault("name", run.trainer.saved_model_file)
+        if next(steps) == 5 * len(run.train) + 1:
+            raise InterruptedError
+        return step(*args)
+
+    run.trainer._forward_backward = failing_step
+    with contextlib.suppress(InterruptedError):
+        run.trainer.fit(run.train, run.valid)
+    found["file"] = str(checkpoints.newest("killed", "SASRecCCE", "odd"))
+    distributed.barrier()  # before one of them writes again
+
+    settings = {**settings, "checkpoint_dir": "killed", "resume": found["file"]}
+    run = experiment("SASRecCCE", settings, "odd")
+    trainer = quick_start.get_trainer(run.config["MODEL_TYPE"], "SASRecCCE")(run.config, run.model)
+    found["resumed result"] = trainer.fit(run.train, run.valid)
+    found["resumed"] = weights(run)
+    found["epochs"] = list(trainer.train_loss_dict)
+
+
 def mean_ranks(rank, settings, found):
     run = experiment("SASRecCCE", {**settings, **GAUC}, "odd")
     found["result"] = run.trainer.evaluate(run.test, load_best_model=False)
 
 
-JOBS = [whole_run, whole_batches, resumed_run, mean_ranks]
+JOBS = [whole_run, whole_batches, resumed_run, killed_run, mean_ranks]
 
 
 def process(rank, folder, data, ports):
@@ -251,9 +283,19 @@ def test_two_and_two_epochs_are_four(found):
             assert torch.equal(mine, other)
 
 
+def test_killed_and_resumed(found):
+    """From the last epoch, which was not the best one."""
+    assert len({process["name"] for process in found["killed_run"]}) == 1  # before anything was saved
+    for process in found["killed_run"]:
+        assert process["file"].endswith(".pth.last")
+        assert process["epochs"] == [5]
+        assert process["whole result"] == process["resumed result"]
+        assert_same(process["whole"], process["resumed"])
+
+
 def test_a_checkpoint_of_two_processes_resumed_by_one(found, data, caplog):
     run = alone(data, "odd", **SAMPLED, epochs=5)
     run.trainer.resume_checkpoint(str(found["folder"] / found["resumed_run"][0]["file"]))
     run.trainer.fit(run.train, run.valid)
-    assert "the checkpoint is one of 2 processes, these are 1" in caplog.text
+    assert "the checkpoint has the random numbers of 2 processes, these are 1" in caplog.text
     assert list(run.trainer.train_loss_dict) == [4]

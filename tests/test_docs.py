@@ -166,7 +166,7 @@ def test_flags_on_the_pages_exist():
                 cli.COMMANDS[command[0]][0]().parse_args([word for word in words if word.startswith("--")])
                 continue
             flags = [word for word in words if word.startswith("--") and "=" in word]
-            options = {"--model", "--dataset", "--config_files", "--nproc"}
+            options = {"--model", "--dataset", "--config_files", "--nproc", "--resume"}
             flags = [flag for flag in flags if flag.partition("=")[0] not in options and flag != "--loss_type=BPR"]
             cli.check_flags(flags, {}, "SASRecCCE")
             for file in re.findall(r"--config_files=(properties/\S+)", line):

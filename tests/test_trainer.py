@@ -186,8 +186,8 @@ def others(tmp_path):
 @pytest.mark.parametrize(
     ("model", "dataset", "message"),
     [
-        ("SASRecSCE", "tiny", "is a checkpoint of SASRecSCE, not of SASRecCCE"),
-        ("SASRec", "tiny", "is a checkpoint of SASRec, not of SASRecCCE"),
+        ("SASRecSCE", "tiny", "is a checkpoint of model SASRecSCE, not of SASRecCCE"),
+        ("SASRec", "tiny", "is a checkpoint of model SASRec, not of SASRecCCE"),
         ("SASRecCCE", "smaller", r"item table is 20 items x 16, this model's is 30 items x 16"),
         ("SASRecCCE", "renamed", "trained on another catalogue"),
     ],

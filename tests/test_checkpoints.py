@@ -1,0 +1,377 @@
+"""Runs that are killed and resumed, in fresh processes; damaged files, full disks, files of stock RecBole."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from recbole.quick_start import load_data_and_model
+
+from recbole_cce import checkpoints, cli
+from tests.build import experiment
+from tests.process import SCRIPT, python
+from tests.test_compat import STOCK
+
+# on `tiny`, validation improves up to epoch 4 and the run stops early, after epoch 8
+SETTINGS = {"epochs": 12, "learning_rate": 0.03, "stopping_step": 3, "state": "INFO"}
+STEPS = 4  # of an epoch
+
+
+@pytest.fixture
+def settings(tiny_config, tmp_path):
+    """tiny_config with SETTINGS, also in tiny.yaml."""
+    settings = {**tiny_config, **SETTINGS}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    return settings
+
+
+FLAGS = ("--dataset=tiny", "--config_files=tiny.yaml")
+
+# the command line, killed as by kill -9 in its n-th training step, or half-way through its n-th save
+KILLED = """
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from recbole_cce import cli
+from recbole_cce.trainer import EfficientTrainer
+
+what, number = sys.argv.pop(1), int(sys.argv.pop(1))
+step, save, calls = EfficientTrainer._forward_backward, torch.save, {"step": 0, "save": 0}
+
+
+def kill_at(event):
+    calls[event] += 1
+    if (event, calls[event]) == (what, number):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_step(*arguments):
+    loss = step(*arguments)
+    kill_at("step")
+    return loss
+
+
+def killed_save(state, file):
+    save(state, "whole.pth")
+    content = Path("whole.pth").read_bytes()
+    file.write(content[: len(content) // 2])
+    file.flush()
+    kill_at("save")
+    file.write(content[len(content) // 2 :])
+
+
+EfficientTrainer._forward_backward, torch.save = killed_step, killed_save
+cli.main()
+"""
+
+
+def log_of(process, code=0):
+    assert process.returncode == code, process.stderr[-3000:]
+    return re.sub(r"\x1b\[[0-9;]*m", "", process.stderr)
+
+
+def results(log):
+    return re.findall(r"(?:best valid|test result) ?: (.*)", log)
+
+
+def states(folder):
+    """What the files of the best and of the last epoch hold, without the configuration; there is nothing else."""
+    (best,) = Path(folder).glob("*.pth")
+    last = checkpoints.last_file(best)
+    assert {path.name for path in Path(folder).iterdir()} == {best.name, last.name}
+    return [{key: value for key, value in torch.load(file).items() if key != "config"} for file in (best, last)]
+
+
+def assert_same(one, two):
+    """Equal in every number."""
+    assert type(one) is type(two)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, (list, tuple)):
+        for mine, other in zip(one, two, strict=True):
+            assert_same(mine, other)
+    else:
+        assert one == two
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Results of the uninterrupted run, once made."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("what", "number", "resumed", "files"),
+    [
+        ("step", 3 * STEPS + 2, 3, 1),  # after an epoch that was the best
+        ("step", 7 * STEPS + 2, 7, 2),
+        ("save", 5, 4, 2),  # the best epoch's
+        ("save", 7, 6, 3),  # the last epoch's
+        ("save", 9, 8, 3),  # the last epoch's, when all training is over
+    ],
+    ids=["epoch after the best", "epoch", "save of the best", "save of the last", "last save"],
+)
+def test_killed_and_resumed(settings, tmp_path, whole, what, number, resumed, files):
+    """It ends as the run that was not killed: files of the best and of the last epoch, results."""
+    if not whole:
+        log = log_of(python(SCRIPT, *FLAGS, "--checkpoint_dir=whole"))
+        whole |= {"log": log, "states": states("whole")}
+        assert "Finished training, best eval result in epoch 4" in log
+        assert [state["epoch"] for state in whole["states"]] == [4, 8]
+    (tmp_path / "killed.py").write_text(KILLED)
+    path = f"{SCRIPT.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    log_of(python("killed.py", what, number, *FLAGS, PYTHONPATH=path), code=-signal.SIGKILL)
+    assert len(os.listdir("saved")) == files  # with the half of one
+    log = log_of(python(SCRIPT, *FLAGS, "--resume"))
+    assert f"Resume training from epoch {resumed}\n" in log
+    assert "will not be used" not in log
+    epochs = r"epoch (\d+) training"
+    assert re.findall(epochs, log) == re.findall(epochs, whole["log"])[resumed:]
+    assert results(log) == results(whole["log"]) and len(results(log)) == 2
+    assert_same(states("saved"), whole["states"])
+
+
+# The last epoch beside the best one
+
+
+def fit(run, **kwargs):
+    return run.trainer.fit(run.train, run.valid, **kwargs)
+
+
+@pytest.mark.parametrize("eval_step", [1, 2])
+def test_the_newest_file_is_of_the_epoch_before(settings, eval_step):
+    """Throughout a run, whichever epoch was the best; the last epoch has a file of its own only if it was another."""
+    run = experiment("SASRecCCE", {**settings, "eval_step": eval_step})
+    train_epoch, seen = run.trainer._train_epoch, []
+
+    def look_and_train(train_data, epoch, **kwargs):
+        loss = train_epoch(train_data, epoch, **kwargs)
+        if epoch:
+            file = checkpoints.newest("saved", "SASRecCCE", "tiny")
+            seen.append(
+                (torch.load(file)["epoch"], file == Path(run.trainer.saved_model_file), len(os.listdir("saved")))
+            )
+        return loss
+
+    run.trainer._train_epoch = look_and_train
+    fit(run)
+    assert [epoch for epoch, _, _ in seen] == list(range(len(seen)))
+    best = [True] * 5 + [False] * 3 if eval_step == 1 else [False, True] * 3 + [False] * 5
+    assert [is_best for _, is_best, _ in seen] == best
+    alone = best if eval_step == 1 else [True, *best[1:]]  # epoch 0 was not validated: there is no best one yet
+    assert [files == 1 for _, _, files in seen] == alone
+
+
+def test_nothing_is_saved_where_nothing_shall_be(settings):
+    fit(experiment("SASRecCCE", settings), saved=False)
+    assert os.listdir("saved") == []
+
+
+def test_a_run_that_stopped_early_trains_no_more(settings):
+    run = experiment("SASRecCCE", settings)
+    result = fit(run)
+    before = states("saved")
+    again = experiment("SASRecCCE", settings)
+    again.trainer.resume_checkpoint(checkpoints.last_file(run.trainer.saved_model_file))
+    assert fit(again) == result
+    assert again.trainer.train_loss_dict == {}
+    assert_same(states("saved"), before)
+    assert again.trainer.evaluate(again.test) == run.trainer.evaluate(run.test)
+
+
+def test_a_finished_run_goes_on_with_more_epochs(settings):
+    whole = experiment("SASRecCCE", {**settings, "checkpoint_dir": "whole"})
+    result = fit(whole)
+    run = experiment("SASRecCCE", {**settings, "epochs": 6})
+    fit(run)
+    more = experiment("SASRecCCE", settings)
+    more.trainer.resume_checkpoint(checkpoints.newest("saved", "SASRecCCE", "tiny"))
+    assert fit(more) == result
+    assert list(more.trainer.train_loss_dict) == [6, 7, 8]
+    assert_same(states("saved"), states("whole"))
+
+
+def test_the_last_epoch_without_the_best(settings):
+    run = experiment("SASRecCCE", settings)
+    fit(run)
+    best = Path(run.trainer.saved_model_file)
+    best.unlink()
+    with pytest.raises(ValueError, match=rf"{best.name}\.last needs saved/{best.name} beside it"):
+        experiment("SASRecCCE", settings).trainer.resume_checkpoint(checkpoints.last_file(best))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"n_layers": 1}, r"does not fit this model's settings: .*trm_encoder\.layer\.1"),
+        ({"learner": "sgd"}, "is a checkpoint of learner adam, not of sgd"),
+    ],
+    ids=["layers", "learner"],
+)
+def test_other_settings(settings, other, message):
+    run = experiment("SASRecCCE", {**settings, "epochs": 1})
+    fit(run)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        experiment("SASRecCCE", {**settings, **other}).trainer.resume_checkpoint(run.trainer.saved_model_file)
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize("damage", ["half", "all but one byte", "empty", "text", "one bit of a weight"])
+def test_damaged_files(settings, damage):
+    run = experiment("SASRecCCE", {**settings, "epochs": 1})
+    fit(run)
+    file = Path(run.trainer.saved_model_file)
+    content = file.read_bytes()
+    at = content.index(run.model.item_embedding.weight.detach().numpy().tobytes()) + 100
+    flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    damaged = [content[: len(content) // 2], content[:-1], b"", b"epoch: 3\n" * 99, flipped]
+    file.write_bytes(
+        dict(zip(("half", "all but one byte", "empty", "text", "one bit of a weight"), damaged, strict=True))[damage]
+    )
+    message = rf"^{file} is truncated or corrupt: delete it, and resume from another checkpoint or train anew$"
+    for use in (run.trainer.resume_checkpoint, load_data_and_model, checkpoints.read):
+        with pytest.raises(ValueError, match=message):
+            use(str(file))
+    with pytest.raises(ValueError, match=message):
+        checkpoints.newest("saved", "SASRecCCE", "tiny")
+
+
+def test_a_file_that_is_no_checkpoint():
+    torch.save({"weight": torch.ones(3)}, "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth is not a checkpoint of RecBole: it holds no configuration"):
+        checkpoints.read("weights.pth")
+
+
+# Full disks
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with room for a part of it."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 20_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.mark.parametrize("saved_before", [True, False])
+def test_a_full_disk(settings, monkeypatch, saved_before):
+    """torch has an error of its own, which does not say why."""
+    run = experiment("SASRecCCE", settings)
+    if saved_before:
+        run.trainer._save_checkpoint(3)
+    file = Path(run.trainer.saved_model_file)
+    before = file.read_bytes() if saved_before else None
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device") as error:
+        patch.setattr(builtins, "open", lambda path, mode: FullDisk(path, mode))
+        run.trainer._save_checkpoint(4)
+    assert cli.is_users_mistake(error.value)
+    kept = "the one saved before is as it was" if saved_before else "none was saved before"
+    assert str(error.value).startswith(f"{file}: the checkpoint could not be written (") and kept in str(error.value)
+    assert os.listdir("saved") == ([file.name] if saved_before else [])
+    if saved_before:
+        assert file.read_bytes() == before
+
+
+def test_other_errors_of_a_save_stay_what_they_are(tmp_path):
+    with pytest.raises(Exception, match="pickle") as error:
+        checkpoints.write({"function": lambda: None}, tmp_path / "x.pth")
+    assert not isinstance(error.value, OSError)
+    assert os.listdir(tmp_path) == []
+
+
+# Files of stock RecBole
+
+STOCK_RUN = f"""
+import json
+import sys
+{STOCK}
+import torch
+from recbole.quick_start import run_recbole
+
+if __name__ == "__main__":
+    settings = json.load(open("stock.json"))
+    try:
+        run_recbole("SASRec", "tiny", config_dict=settings)
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.fixture
+def stock(settings, tmp_path):
+    """A checkpoint that stock RecBole wrote, which current torch does not let it read again."""
+    (tmp_path / "stock.json").write_text(json.dumps({**settings, "epochs": 2, "train_neg_sample_args": None}))
+    (tmp_path / "stock.py").write_text(STOCK_RUN)
+    process = python("stock.py")
+    assert process.stdout.split() == ["UnpicklingError"], process.stderr
+    (file,) = Path("saved").glob("*.pth")
+    return file
+
+
+REFUSED = r"SASRec-\S+\.pth holds pickled objects.*unpickling can run any code.*use --trust-checkpoint, or load_data_a"
+
+
+def command(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "--model=SASRec", *FLAGS, "--epochs=3", *flags])
+    cli.main()
+
+
+@pytest.mark.parametrize(("named", "trust"), [(True, "--trust-checkpoint"), (False, "--trust_checkpoint")])
+def test_stock_files_are_resumed_if_trusted(stock, monkeypatch, capsys, caplog, named, trust):
+    resume = f"--resume={stock}" if named else "--resume"
+    before = stock.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, resume)
+    assert stop.value.code == 2
+    assert re.search(REFUSED, capsys.readouterr().err.strip().splitlines()[-1])
+    assert stock.read_bytes() == before
+    weights = torch.load(stock, weights_only=False)["state_dict"]
+    with caplog.at_level("INFO"):
+        command(monkeypatch, resume, trust)
+    assert caplog.text.count("Resume training from epoch") == 1
+    safe = torch.load(stock, weights_only=True)
+    assert safe["config"]["model"] == "SASRec"
+    assert safe["state_dict"].keys() == weights.keys()
+
+
+def test_stock_files_are_loaded_if_trusted(stock):
+    with pytest.raises(ValueError, match=REFUSED):
+        load_data_and_model(str(stock))
+    expected = torch.load(stock, weights_only=False)["state_dict"]
+    for trust in ({"trust_checkpoint": True}, {}):  # once is enough
+        _, model, *_ = load_data_and_model(str(stock), **trust)
+        assert_same(dict(model.state_dict()), dict(expected))
+
+
+def test_untrusted_files_run_nothing(tmp_path):
+    """Whatever stands in them."""
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    torch.save({"config": Attack()}, "attack.pth")
+    with pytest.raises(ValueError, match="--trust-checkpoint"):
+        checkpoints.read("attack.pth")
+    assert not (tmp_path / "attacked").exists()

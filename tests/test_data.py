@@ -77,7 +77,7 @@ def test_splits_equal_stock_on_ml100k(ml100k, split, length):
 def test_splits_equal_stock_on_ml100k_as_shipped():
     """But for the users whose order stock RecBole loses in its cast of the time to float32."""
     stock, ours = splits("SASRec", "ml-100k", train_neg_sample_args=None), splits("SASRecCCE", "ml-100k")
-    time, uid = ours[0].exact_time, ours[0].flat["user_id"].numpy()
+    time, uid = ours[0].exact_time.numpy(), ours[0].flat["user_id"].numpy()
     confused = (np.diff(uid) == 0) & (np.diff(time) > 0) & (np.diff(time.astype(np.float32)) == 0)
     assert confused.sum() == 148
     exact = ~np.isin(np.arange(stock[0].user_num), uid[1:][confused])

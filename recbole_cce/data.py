@@ -44,7 +44,7 @@ LINES_AT_A_TIME = 2**21
 class Gathered(MutableMapping[str, torch.Tensor]):
     """Columns of a table at some of its rows, each gathered when it is asked for, and columns of its own."""
 
-    def __init__(self, table: Interaction, own: dict[str, torch.Tensor], names: Iterable[str]) -> None:
+    def __init__(self, table: dict[str, torch.Tensor], own: dict[str, torch.Tensor], names: Iterable[str]) -> None:
         self.table = table
         self.own = own
         self.names = dict.fromkeys(names)
@@ -171,14 +171,15 @@ class LeanSequentialDataset(SequentialDataset):
     Attributes:
         flat: all interactions, sorted by user and time.
         list_fields: name of each list field -> the flat field it is gathered from.
-        exact_time: [interactions] the time of each, before RecBole's cast to float32, or None in pre-split files.
+        time_rank: [interactions] the order of their times before RecBole's cast to float32, which confuses neighbours;
+            None in pre-split files.
         windows: the rows of a training split that make batches, or None for all of them. `inter_feat` holds all rows
             either way, so that counts and RecBole's statistics do not depend on `train_targets`.
     """
 
     def __init__(self, config: Config) -> None:
         self.flat: Interaction | None = None
-        self.exact_time: torch.Tensor | None = None
+        self.time_rank: torch.Tensor | None = None
         self.list_fields: dict[str, str] = {}
         self.windows: np.ndarray | None = None
         super().__init__(config)
@@ -285,11 +286,14 @@ class LeanSequentialDataset(SequentialDataset):
             time = np.array(time.tolist())[:, 0] if time.dtype == object else time.to_numpy(copy=True)
         super(SequentialDataset, self)._change_feat_format()
         if time is not None:
-            self.exact_time = torch.from_numpy(time)
-            order = in_order(self.exact_time).argsort(stable=True)
-            order = order[self.inter_feat[self.uid_field][order].argsort(stable=True)]
-            self.exact_time = self.exact_time[order]
-            self.inter_feat._reindex(order)
+            time = torch.from_numpy(time)
+            by_time = in_order(time).argsort(stable=True)
+            by_user = self.inter_feat[self.uid_field][by_time].argsort(stable=True)
+            time = time[by_time]
+            rank = torch.zeros(len(time), dtype=torch.int32)
+            torch.cumsum(time[1:] != time[:-1], 0, out=rank[1:])
+            self.time_rank = rank[by_user]
+            self.inter_feat._reindex(by_time[by_user])
 
     def _benchmark_presets(self) -> None:
         """As RecBole's, which takes the lengths of the lists from its frame: here they are padded with 0."""
@@ -314,16 +318,14 @@ class LeanSequentialDataset(SequentialDataset):
         self.list_fields = {
             getattr(self, f"{field}_list_field"): field for field in self.flat if field != self.uid_field
         }
-        uid = self.flat[self.uid_field].numpy()
-        index = np.arange(len(uid))
-        is_first = np.diff(uid, prepend=-1) != 0
-        first = np.maximum.accumulate(np.where(is_first, index, 0))
-        target = index[~is_first]
+        uid = self.flat[self.uid_field]
+        count = uid.bincount()
+        position = torch.arange(len(uid)) - (count.cumsum(0) - count)[uid]  # in the user's history
+        target = position.nonzero().squeeze(1)
         if len(target) == 0:
             raise ValueError(f"no user of {self.dataset_name} has two interactions: there is nothing to predict")
-        length = np.minimum(target - first[target], self.max_item_list_len)
-        own = {self.item_list_length_field: torch.from_numpy(length), TARGET_ROW: torch.from_numpy(target)}
-        self.inter_feat = Rows(Gathered(self.flat, own, [*self.flat, *own]))
+        table = self.flat.interaction | {self.item_list_length_field: position.clamp(max=self.max_item_list_len)}
+        self.inter_feat = Rows(Gathered(table, {TARGET_ROW: target}, [*table, TARGET_ROW]))
 
     def _with_lists(self, rows: Interaction, width: int) -> Interaction:
         """Add the list fields, `width` long and padded with 0 on the right, to rows of inter_feat."""
@@ -354,15 +356,15 @@ class LeanSequentialDataset(SequentialDataset):
     def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
         """As RecBole's; by time, it uses the timestamps before their cast to float32."""
         if by == self.time_field and ascending is True and TARGET_ROW in self.inter_feat:
-            time = self.exact_time[self.inter_feat[TARGET_ROW]]
-            self.inter_feat._reindex(in_order(time).argsort(stable=True))
+            self.inter_feat._reindex(self.time_rank[self.inter_feat[TARGET_ROW]].argsort(stable=True))
         else:
             super().sort(by, ascending)
 
     def _grouped_index(self, group_by_list: np.ndarray) -> list[np.ndarray]:
         """As RecBole's, without its loop over rows: the rows of each user, users in the order of their first row."""
         order = torch.from_numpy(group_by_list).argsort(stable=True).numpy()
-        groups = np.split(order, np.flatnonzero(np.diff(group_by_list[order])) + 1)
+        key = group_by_list[order]
+        groups = np.split(order, np.flatnonzero(key[1:] != key[:-1]) + 1)
         return sorted(groups, key=lambda group: group[0])
 
     def _split_index_by_leave_one_out(self, grouped_index: list[np.ndarray], leave_one_num: int) -> list[np.ndarray]:

@@ -3,12 +3,13 @@
 RecBole's own copy (`save_dataset`, `dataset_save_path`) is a pickle that runs whatever stands in it, and is taken for
 that of other files, filters of numbers or encodings. This one holds arrays and JSON, each with a check sum, and is
 used only where everything it was made from is as it was: the bytes of the files, each setting that was read on the
-way, this package, pandas and NumPy.
+way, the programs that read and prepare, pandas and NumPy.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import uuid
@@ -20,12 +21,12 @@ from typing import Any
 import numpy as np
 import recbole
 import torch
+from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-import recbole_cce
+from recbole_cce import compat
 
-FORMAT = 1  # of the file
 DESCRIPTION = "description"  # of the arrays: JSON, and first in the file
 PLAIN = ("field2seqlen", "field2bucketnum", "file_size_list")  # attributes of RecBole's data set that JSON can hold
 TABLES = ("field2id_token", "_preloaded_weight")  # field -> array
@@ -72,18 +73,16 @@ def of(dataset: Any) -> Cache | None:
     return Cache(folder / f"{dataset.dataset_name}-{type(dataset).__name__}.npz", sources(dataset))
 
 
-def sources(dataset: Any) -> dict[str, str | int]:
-    """What a copy is made from besides settings: the bytes of every file that RecBole looks for, and programs."""
+def sources(dataset: Any) -> dict[str, str]:
+    """What a copy is made from besides settings: the bytes of every file that RecBole looks for, and the programs."""
     config = dataset.config
     suffixes = [f"{name}.inter" for name in config["benchmark_filename"] or ()] or ["inter"]
     suffixes += ["user", "item", *(config["additional_feat_suffix"] or ())]
-    found: dict[str, str | int] = {"format": FORMAT, "recbole-cce": recbole_cce.__version__}
-    found |= {name: version(name) for name in ("pandas", "numpy")}
-    for suffix in suffixes:
-        path = Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}"
-        if path.is_file():
-            found[f"file {path.name}"] = digest(path)
-    return found
+    data = [Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}" for suffix in suffixes]
+    classes = [cls for cls in type(dataset).__mro__ if issubclass(cls, Dataset)]
+    programs = [__file__, compat.__file__, *map(inspect.getfile, classes)]
+    found = {name: version(name) for name in ("pandas", "numpy")}
+    return found | {path.name: digest(path) for path in [*map(Path, programs), *data] if path.is_file()}
 
 
 def digest(path: Path) -> str:
@@ -100,7 +99,7 @@ class Cache:
     """One file for a data set, replaced when it was made from something else."""
 
     path: Path
-    sources: dict[str, str | int]
+    sources: dict[str, str]
 
     def read_into(self, dataset: Any) -> bool:
         """Fill a data set from the file; False where there is none, an old one or, with a warning, a damaged one."""
@@ -135,7 +134,9 @@ class Cache:
                 np.savez(file, **arrays)  # no fsync: what a power cut tears fails its check sums
             os.replace(temporary, self.path)  # processes that write at once replace one complete file by another
         except OSError as error:
-            dataset.logger.warning(f"cache_data: no copy of the data set is kept, {self.path} cannot be written: {error}")
+            dataset.logger.warning(
+                f"cache_data: no copy of the data set is kept, {self.path} cannot be written: {error}"
+            )
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -158,8 +159,8 @@ def describe(dataset: Any, described: dict[str, Any]) -> dict[str, np.ndarray]:
     described["features"] = {name: list(getattr(dataset, name)) for name in dataset.feat_name_list}
     for name, fields in described["features"].items():
         arrays |= {f"{name}/{field}": getattr(dataset, name)[field].numpy() for field in fields}
-    if dataset.exact_time is not None:
-        arrays["exact_time"] = dataset.exact_time.numpy()
+    if dataset.time_rank is not None:
+        arrays["time_rank"] = dataset.time_rank.numpy()
     return {DESCRIPTION: np.array(json.dumps(described)), **arrays}
 
 
@@ -181,8 +182,8 @@ def restore(dataset: Any, described: dict[str, Any], arrays: dict[str, np.ndarra
     dataset.user_feat = dataset.item_feat = None
     for name, fields in described["features"].items():
         setattr(dataset, name, Interaction({field: torch.from_numpy(arrays[f"{name}/{field}"]) for field in fields}))
-    if "exact_time" in arrays:
-        dataset.exact_time = torch.from_numpy(arrays["exact_time"])
+    if "time_rank" in arrays:
+        dataset.time_rank = torch.from_numpy(arrays["time_rank"])
     dataset._init_alias()
     dataset.feat_name_list = dataset._build_feat_name_list()
 

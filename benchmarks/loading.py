@@ -3,10 +3,10 @@
     python -m benchmarks.loading --interactions=2000000 --output=loading.csv
     python -m benchmarks.loading --interactions=20000000 --variants "recbole-cce" "recbole-cce, again"
 
-The data are of MovieLens-20M's kind: its numbers of users and items, its columns, some users and items far more frequent
-than others, lines in no order. Each measurement is a fresh process that reads the .inter file, builds the splits (leave-one-out) and makes the first
-training batch. Memory is the peak of the process's resident set above what it held before: after the imports for the
-whole, before the step for a step. Linux only: the peak is read from, and set back through, /proc/self.
+The data are of MovieLens-20M's kind: its numbers of users and items, its columns, some users and items far more
+frequent than others, lines in no order. Each measurement is a fresh process that reads the .inter file, builds the
+splits (leave-one-out) and makes the first training batch. Memory is the peak of the process's resident set in a step,
+above what it held after the imports. Linux only: the peak is read from, and set back through, /proc/self.
 """
 
 from __future__ import annotations
@@ -68,13 +68,12 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(name))
 
 
-def measured(step: Callable[[], Any]) -> tuple[Any, float, int, int]:
-    """Run `step`: its result, seconds, bytes of peak memory above the start, and that peak itself."""
+def measured(step: Callable[[], Any]) -> tuple[Any, float, int]:
+    """Run `step`: its result, seconds, and the peak of memory on the way."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before, start = resident("VmRSS"), time.perf_counter()
+    start = time.perf_counter()
     result = step()
-    seconds, peak = time.perf_counter() - start, resident("VmHWM")
-    return result, seconds, peak - before, peak
+    return result, time.perf_counter() - start, resident("VmHWM")
 
 
 def run(spec: dict[str, Any]) -> dict[str, float]:
@@ -87,17 +86,17 @@ def run(spec: dict[str, Any]) -> dict[str, float]:
     sys.argv = sys.argv[:1]
     config = Config(spec["model"], "synthetic", config_dict=spec["settings"])
     baseline = resident("VmRSS")
-    dataset, read_seconds, read_bytes, read_peak = measured(lambda: create_dataset(config))
-    built, build_seconds, build_bytes, build_peak = measured(dataset.build)
+    dataset, read_seconds, read_peak = measured(lambda: create_dataset(config))
+    built, build_seconds, build_peak = measured(dataset.build)
     dataset.build = lambda: built
-    _, batch_seconds, batch_bytes, batch_peak = measured(lambda: next(iter(data_preparation(config, dataset)[0])))
+    _, batch_seconds, batch_peak = measured(lambda: next(iter(data_preparation(config, dataset)[0])))
     return {
         "read_seconds": read_seconds,
-        "read_bytes": read_bytes,
+        "read_bytes": read_peak - baseline,
         "build_seconds": build_seconds,
-        "build_bytes": build_bytes,
+        "build_bytes": build_peak - baseline,
         "batch_seconds": batch_seconds,
-        "batch_bytes": batch_bytes,
+        "batch_bytes": batch_peak - baseline,
         "total_seconds": read_seconds + build_seconds + batch_seconds,
         "total_bytes": max(read_peak, build_peak, batch_peak) - baseline,
     }
@@ -129,7 +128,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
             cells += [f"{seconds:.2f}", f"{size / GIB:.2f}"]
             if variant != first:
                 cells[-2] += f" ({median(first, f'{step}_seconds') / seconds:.1f}x)"
-                cells[-1] += f" ({median(first, f'{step}_bytes') / max(size, 1):.1f}x)"
+                cells[-1] += f" ({median(first, f'{step}_bytes') / size:.1f}x)"
         lines.append(f"| {step} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -168,6 +167,7 @@ def main() -> None:
             "user_inter_num_interval": "[5,inf)",
             "item_inter_num_interval": "[5,inf)",
             "MAX_ITEM_LIST_LENGTH": args.length,
+            "train_batch_size": 1024,
             "state": "ERROR",
             "use_gpu": False,
         }

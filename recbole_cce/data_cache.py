@@ -1,9 +1,9 @@
 """A binary copy of a data set as it is before it is split: read in seconds where the text files take a minute.
 
-RecBole's own copy (`save_dataset`, `dataset_save_path`) is a pickle that runs whatever stands in it, and is taken for
-that of other files, filters of numbers or encodings. This one holds arrays and JSON, each with a check sum, and is
-used only where everything it was made from is as it was: the bytes of the files, each setting that was read on the
-way, the programs that read and prepare, pandas and NumPy.
+RecBole's own copy (`save_dataset`, `dataset_save_path`) cannot be used without asking: it is a pickle, which runs
+whatever stands in it, is not written atomically, and is read for other files, encodings or numerical features too. This
+one holds arrays, each with a check sum, and JSON, and is used only where everything it was made from is as it was: the
+bytes of the files, each setting that was read on the way, the programs that read and prepare, pandas and NumPy.
 """
 
 from __future__ import annotations

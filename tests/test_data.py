@@ -107,14 +107,15 @@ def with_sequences(tmp_path):
     return write_inter(tmp_path / "data", "tagged", header, rows)
 
 
+@pytest.mark.parametrize("numerical", [[], ["timestamp", "scores"]], ids=str)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_splits_equal_stock_with_extra_columns(with_sequences, split):
+def test_splits_equal_stock_with_extra_columns(with_sequences, split, numerical):
     columns = ["user_id", "item_id", "rating", "timestamp", "tags", "scores"]
     assert_equal_splits(
         "tagged",
         data_path=str(with_sequences),
         load_col={"inter": columns},
-        numerical_features=["rating"],
+        numerical_features=["rating", *numerical],
         MAX_ITEM_LIST_LENGTH=7,
         **split,
     )
@@ -430,6 +431,11 @@ def test_lists_of_benchmark_files_longer_than_the_model_reads(presplit):
     settings, _ = presplit
     with pytest.raises(ValueError, match=r"MAX_ITEM_LIST_LENGTH: 3 .*seq_len"):
         splits("SASRecCCE", "split", MAX_ITEM_LIST_LENGTH=3, **settings)
+
+
+def test_no_line_but_the_header(tmp_path):
+    with pytest.raises(ValueError, match="no interaction of bad is left"):
+        read(tmp_path, HEADER, [])
 
 
 def test_missing_file(tmp_path):

@@ -9,16 +9,22 @@ rows, so each split holds the rows it holds in stock RecBole.
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api.types import union_categoricals
 from recbole.config import Config
 from recbole.data.dataset import SequentialDataset
 from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
+
+from recbole_cce import data_cache
 
 # of train_batch_size: auto. With RecBole's default of 2,048, small data sets need more epochs to as good a model.
 TARGETS_PER_BATCH = 1024
@@ -32,27 +38,72 @@ TARGET_COUNT = "target_count"
 # deprecated.
 PANDAS_VERSION = tuple(int(part) for part in pd.__version__.split(".")[:2])
 SAME_NUMBERS = {"float_precision": "high"} if PANDAS_VERSION < (3, 1) else {}
+LINES_AT_A_TIME = 2**21
+
+
+class Gathered(MutableMapping[str, torch.Tensor]):
+    """Columns of a table at some of its rows, each gathered when it is asked for, and columns of its own."""
+
+    def __init__(self, table: dict[str, torch.Tensor], own: dict[str, torch.Tensor], names: Iterable[str]) -> None:
+        self.table = table
+        self.own = own
+        self.names = dict.fromkeys(names)
+
+    def at(self, index: Any) -> Gathered:
+        """These columns at fewer or other rows."""
+        return Gathered(self.table, {name: values[index] for name, values in self.own.items()}, self.names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self.own:
+            return self.own[name]
+        if name in self.names:
+            return self.table[name][self.own[TARGET_ROW]]
+        raise KeyError(name)
+
+    def __setitem__(self, name: str, values: torch.Tensor) -> None:
+        self.own[name] = values
+        self.names[name] = None
+
+    def __delitem__(self, name: str) -> None:
+        del self.names[name]
+        self.own.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class Rows(Interaction):
-    """An Interaction that takes rows by a tensor. RecBole's makes a Python list of each index: seconds at 1M rows."""
+    """An Interaction whose columns are Gathered; RecBole's would copy all of them for each split and each sort.
+
+    It also takes rows by a tensor: RecBole's makes a Python list of each index.
+    """
+
+    def __init__(self, columns: Gathered) -> None:
+        self.interaction = columns
+        self.length = columns[TARGET_ROW].numel()
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, str):
+            return self.interaction[index]
         if isinstance(index, (list, range)):
             index = np.asarray(index) if len(index) else np.empty(0, dtype=np.int64)
         if isinstance(index, np.ndarray):
             index = torch.from_numpy(index)
-        if isinstance(index, torch.Tensor):
-            return Rows({field: values[index] for field, values in self.interaction.items()})
-        return super().__getitem__(index)
+        return Rows(self.interaction.at(index))
+
+    def _reindex(self, index: Any) -> None:
+        self.interaction = self.interaction.at(torch.as_tensor(index))
 
 
 class CReader:
     """pandas for RecBole's reader: its read_csv runs the C engine, ten times faster than the Python engine.
 
-    Numbers are parsed to the same bits. Tokens are Python strings, which RecBole counts one by one: pandas 3 has
-    Arrow strings for `str`, slow to iterate. What the C engine cannot read (long separators, bad lines) goes to the
-    Python engine that RecBole asks for, whose errors name the column.
+    Numbers are parsed to the same bits. Tokens become categories, so that their strings are kept and compared once
+    for all lines. What the C engine cannot read (long separators, bad lines) goes to the Python engine that RecBole
+    asks for, whose errors name the column.
     """
 
     def __init__(self, pandas: Any) -> None:
@@ -63,11 +114,50 @@ class CReader:
 
     def read_csv(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
         """pandas.read_csv."""
+        # Python strings: pandas 3 has Arrow strings for `str`, slow to iterate
         dtypes = {column: object if dtype is str else dtype for column, dtype in kwargs["dtype"].items()}
+        options = {**kwargs, **SAME_NUMBERS, "engine": "c", "dtype": dtypes, "chunksize": LINES_AT_A_TIME}
         try:
-            return self.pandas.read_csv(*args, **{**kwargs, **SAME_NUMBERS, "engine": "c", "dtype": dtypes})
+            with pd.read_csv(*args, **options) as chunks:
+                return joined(chunks)
         except ValueError:
             return self.pandas.read_csv(*args, **kwargs)
+
+
+def joined(chunks: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """The chunks of a file, columns named `name:type`, as one frame: tokens as categories, no sequence missing."""
+    parts: dict[str, list[np.ndarray]] = {}
+    ids: dict[str, dict[str, int]] = {}
+    for chunk in chunks:
+        for column in chunk:
+            values = chunk[column]
+            if column.endswith(":token"):
+                codes, tokens = pd.factorize(values.to_numpy())
+                known = ids.setdefault(column, {})
+                code = [known.setdefault(token, len(known)) for token in tokens]
+                part = np.array([*code, -1], dtype=np.int32)[codes]  # -1, its last, is that of a missing one
+            else:
+                part = (values.fillna("") if column.endswith("_seq") else values).to_numpy()
+            parts.setdefault(column, []).append(part)
+    columns = {}
+    for column in list(parts):
+        columns[column] = np.concatenate(parts.pop(column))  # the chunks of one column at a time are there twice
+        if column in ids:
+            categories = pd.Index(list(ids[column]), dtype=object)
+            columns[column] = pd.Categorical.from_codes(columns[column], categories=categories)
+    return pd.DataFrame(columns, copy=False)
+
+
+def counted(values: Any = ()) -> Counter:
+    """Counter(values), without a Python step for each value."""
+    counts = pd.Series(values).value_counts()
+    return Counter(counts[counts > 0].to_dict())
+
+
+def in_order(numbers: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of the doubles: torch sorts integers by radix, several times as fast."""
+    bits = (numbers + 0.0).view(torch.int64)  # -0.0, which equals 0.0, becomes it
+    return bits ^ ((bits >> 63) & (2**63 - 1))  # the bits of a negative one count down
 
 
 class LeanSequentialDataset(SequentialDataset):
@@ -81,12 +171,15 @@ class LeanSequentialDataset(SequentialDataset):
     Attributes:
         flat: all interactions, sorted by user and time.
         list_fields: name of each list field -> the flat field it is gathered from.
+        time_rank: [interactions] the order of their times before RecBole's cast to float32, which confuses neighbours;
+            None in pre-split files.
         windows: the rows of a training split that make batches, or None for all of them. `inter_feat` holds all rows
             either way, so that counts and RecBole's statistics do not depend on `train_targets`.
     """
 
     def __init__(self, config: Config) -> None:
         self.flat: Interaction | None = None
+        self.time_rank: torch.Tensor | None = None
         self.list_fields: dict[str, str] = {}
         self.windows: np.ndarray | None = None
         super().__init__(config)
@@ -140,16 +233,83 @@ class LeanSequentialDataset(SequentialDataset):
             )
         super()._reset_index()
 
+    # Large files: what RecBole does for each interaction in Python, by columns
+
+    def _filter_by_inter_num(self) -> None:
+        recbole_dataset.Counter = counted
+        try:
+            super()._filter_by_inter_num()
+        finally:
+            recbole_dataset.Counter = Counter
+
+    def _concat_remaped_tokens(self, remap_list: list[tuple]) -> tuple[Any, np.ndarray]:
+        """As RecBole's, but columns of categories stay categories, which pandas.factorize need not look into."""
+        parts = [feat[field].array for feat, field, _ in remap_list]
+        if all(isinstance(part, pd.Categorical) for part in parts):
+            return union_categoricals(parts), np.cumsum([len(part) for part in parts])[:-1]
+        return super()._concat_remaped_tokens(remap_list)
+
+    @property
+    def avg_actions_of_users(self) -> np.float64:
+        """As RecBole's."""
+        return np.float64(len(self.inter_feat)) / self.inter_feat[self.uid_field].bincount().count_nonzero().item()
+
+    @property
+    def avg_actions_of_items(self) -> np.float64:
+        """As RecBole's."""
+        return np.float64(len(self.inter_feat)) / self.inter_feat[self.iid_field].bincount().count_nonzero().item()
+
+    # The table: made once, or read from the cache
+
+    def _from_scratch(self) -> None:
+        """As RecBole's, or from the copy that an earlier run left (`cache_data`)."""
+        self._get_preset()
+        if not os.path.exists(self.dataset_path):
+            self._download()
+        # a subclass may keep more than the cache holds
+        cache = data_cache.of(self) if type(self) is LeanSequentialDataset else None
+        if cache is None:
+            super()._from_scratch()
+        elif not cache.read_into(self):
+            config, self.config = self.config, data_cache.Reading(self.config)
+            super()._from_scratch()
+            config, self.config = self.config, config
+            cache.write_from(self, config.values)
+
+    def _data_processing(self) -> None:
+        """As RecBole's, then tensors for its frames, sorted by user and time."""
+        super()._data_processing()
+        time = None
+        if self.config["benchmark_filename"] is None:
+            # RecBole sorts after its cast to float32, which cannot tell seconds since 1970 apart within 128 s.
+            time = self.inter_feat[self.time_field]
+            time = np.array(time.tolist())[:, 0] if time.dtype == object else time.to_numpy(copy=True)
+        super(SequentialDataset, self)._change_feat_format()
+        if time is not None:
+            time = torch.from_numpy(time)
+            by_time = in_order(time).argsort(stable=True)
+            by_user = self.inter_feat[self.uid_field][by_time].argsort(stable=True)
+            time = time[by_time]
+            rank = torch.zeros(len(time), dtype=torch.int32)
+            torch.cumsum(time[1:] != time[:-1], 0, out=rank[1:])
+            self.time_rank = rank[by_user]
+            self.inter_feat._reindex(by_time[by_user])
+
+    def _benchmark_presets(self) -> None:
+        """As RecBole's, which takes the lengths of the lists from its frame: here they are padded with 0."""
+        for field in self.inter_feat:
+            list_field = field + self.config["LIST_SUFFIX"]
+            if list_field in self.inter_feat:
+                setattr(self, f"{field}_list_field", list_field)
+        self.set_field_property(self.item_list_length_field, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+        self.inter_feat[self.item_list_length_field] = (self.inter_feat[self.item_id_list_field] > 0).sum(1)
+
     # Rows instead of copies
 
     def _change_feat_format(self) -> None:
+        """Called by RecBole before it splits: only rows are left to make."""
         if self.config["benchmark_filename"] is None:
-            # RecBole sorts after its cast to float32, which cannot tell seconds since 1970 apart within 128 s.
-            time = self.inter_feat[self.time_field].to_numpy()
-            order = np.lexsort((time, self.inter_feat[self.uid_field].to_numpy()))
-            self.inter_feat = self.inter_feat.iloc[order]
-            self.exact_time = time[order]
-        super()._change_feat_format()
+            self.data_augmentation()
 
     def data_augmentation(self) -> None:
         """Replace the interactions by rows: each interaction but a user's first is the target of one."""
@@ -158,18 +318,14 @@ class LeanSequentialDataset(SequentialDataset):
         self.list_fields = {
             getattr(self, f"{field}_list_field"): field for field in self.flat if field != self.uid_field
         }
-        uid = self.flat[self.uid_field].numpy()
-        index = np.arange(len(uid))
-        is_first = np.diff(uid, prepend=-1) != 0
-        first = np.maximum.accumulate(np.where(is_first, index, 0))
-        target = index[~is_first]
+        uid = self.flat[self.uid_field]
+        count = uid.bincount()
+        position = torch.arange(len(uid)) - (count.cumsum(0) - count)[uid]  # in the user's history
+        target = position.nonzero().squeeze(1)
         if len(target) == 0:
             raise ValueError(f"no user of {self.dataset_name} has two interactions: there is nothing to predict")
-        rows = torch.from_numpy(target)
-        self.inter_feat = Rows({field: self.flat[field][rows] for field in self.flat})
-        length = np.minimum(target - first[target], self.max_item_list_len)
-        self.inter_feat[self.item_list_length_field] = torch.from_numpy(length)
-        self.inter_feat[TARGET_ROW] = rows
+        table = self.flat.interaction | {self.item_list_length_field: position.clamp(max=self.max_item_list_len)}
+        self.inter_feat = Rows(Gathered(table, {TARGET_ROW: target}, [*table, TARGET_ROW]))
 
     def _with_lists(self, rows: Interaction, width: int) -> Interaction:
         """Add the list fields, `width` long and padded with 0 on the right, to rows of inter_feat."""
@@ -239,16 +395,25 @@ class LeanSequentialDataset(SequentialDataset):
     def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
         """As RecBole's; by time, it uses the timestamps before their cast to float32."""
         if by == self.time_field and ascending is True and TARGET_ROW in self.inter_feat:
-            time = self.exact_time[self.inter_feat[TARGET_ROW].numpy()]
-            self.inter_feat._reindex(torch.from_numpy(np.argsort(time, kind="stable")))
+            self.inter_feat._reindex(self.time_rank[self.inter_feat[TARGET_ROW]].argsort(stable=True))
         else:
             super().sort(by, ascending)
 
-    def _grouped_index(self, group_by_list: np.ndarray) -> list[list[int]]:
+    def _grouped_index(self, group_by_list: np.ndarray) -> list[np.ndarray]:
         """As RecBole's, without its loop over rows: the rows of each user, users in the order of their first row."""
-        order = np.argsort(group_by_list, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(group_by_list[order])) + 1)
-        return [group.tolist() for group in sorted(groups, key=lambda group: group[0])]
+        order = torch.from_numpy(group_by_list).argsort(stable=True).numpy()
+        key = group_by_list[order]
+        groups = np.split(order, np.flatnonzero(key[1:] != key[:-1]) + 1)
+        return sorted(groups, key=lambda group: group[0])
+
+    def _split_index_by_leave_one_out(self, grouped_index: list[np.ndarray], leave_one_num: int) -> list[np.ndarray]:
+        """As RecBole's, without its loop over rows."""
+        size = np.array([len(group) for group in grouped_index])
+        index = np.concatenate(grouped_index)
+        from_end = np.repeat(size.cumsum(), size) - np.arange(len(index))  # 1 for the last row of a user
+        held_out = from_end <= np.repeat(np.minimum(leave_one_num, size - 1), size)
+        part = np.where(held_out, leave_one_num + 1 - from_end, 0)
+        return [index[part == number] for number in range(leave_one_num + 1)]
 
     def _drop_unused_col(self) -> None:
         # RecBole finds list fields in inter_feat: a stand-in lets it name and forget those that are unused

@@ -65,6 +65,10 @@ def _betas(value: Any) -> bool:
     )
 
 
+def _folder_or_flag() -> tuple[str, Callable[[Any], bool]]:
+    return "True, False or a folder", lambda value: isinstance(value, bool) or (isinstance(value, str) and value != "")
+
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 KEYS: dict[str, Key] = {
@@ -82,6 +86,7 @@ KEYS: dict[str, Key] = {
     "mix_x": Key("SCE: bucket centres as random mixtures of hidden states", *_one_of(True, False)),
     "gbce_t": Key("gBCE: calibration t", *_real(0, 1)),
     "train_targets": Key("targets: every position, or the last as in RecBole", *_one_of("all", "last")),
+    "cache_data": Key("binary copy of the data: in its folder, none, or in another folder", *_folder_or_flag()),
     "attention": Key("attention implementation", *_one_of("auto", "sdpa", "packed", "recbole")),
     "amp_dtype": Key("autocast dtype of training; auto: bfloat16 on GPUs that have it", *_one_of(*DTYPES)),
     "cuda_graph": Key("launch a training step as one CUDA graph; auto: small ones", *_one_of("auto", True, False)),

@@ -11,7 +11,9 @@ import recbole
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
+from recbole.utils import FeatureSource
 
+from recbole_cce import data
 from tests.conftest import write_inter
 
 ML100K = Path(recbole.__file__).parent / "dataset_example" / "ml-100k"
@@ -77,8 +79,10 @@ def test_splits_equal_stock_on_ml100k(ml100k, split, length):
 def test_splits_equal_stock_on_ml100k_as_shipped():
     """But for the users whose order stock RecBole loses in its cast of the time to float32."""
     stock, ours = splits("SASRec", "ml-100k", train_neg_sample_args=None), splits("SASRecCCE", "ml-100k")
-    time, uid = ours[0].exact_time, ours[0].flat["user_id"].numpy()
-    confused = (np.diff(uid) == 0) & (np.diff(time) > 0) & (np.diff(time.astype(np.float32)) == 0)
+    rank, time, uid = (
+        field.numpy() for field in (ours[0].time_rank, ours[0].flat["timestamp"], ours[0].flat["user_id"])
+    )
+    confused = (np.diff(uid) == 0) & (np.diff(rank) > 0) & (np.diff(time) == 0)
     assert confused.sum() == 148
     exact = ~np.isin(np.arange(stock[0].user_num), uid[1:][confused])
     for theirs, mine in zip(stock[1:], ours[1:], strict=True):
@@ -103,14 +107,15 @@ def with_sequences(tmp_path):
     return write_inter(tmp_path / "data", "tagged", header, rows)
 
 
+@pytest.mark.parametrize("numerical", [[], ["timestamp", "scores"]], ids=str)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_splits_equal_stock_with_extra_columns(with_sequences, split):
+def test_splits_equal_stock_with_extra_columns(with_sequences, split, numerical):
     columns = ["user_id", "item_id", "rating", "timestamp", "tags", "scores"]
     assert_equal_splits(
         "tagged",
         data_path=str(with_sequences),
         load_col={"inter": columns},
-        numerical_features=["rating"],
+        numerical_features=["rating", *numerical],
         MAX_ITEM_LIST_LENGTH=7,
         **split,
     )
@@ -125,6 +130,52 @@ def test_rarer_splits_equal_stock(tmp_path, split):
         load_col={"inter": ["user_id", "item_id", "timestamp"]},
         eval_args={"split": split, "order": "TO", "mode": "full", "group_by": "user"},
     )
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"user_inter_num_interval": "[30,200]", "item_inter_num_interval": "[20,inf)"},
+        {"user_inter_num_interval": "[20,30);(100,300]", "item_inter_num_interval": None},
+        {"rm_dup_inter": "last", "filter_inter_by_user_or_item": False},
+        {"val_interval": {"rating": "[4,5]", "item_id": [str(item) for item in range(1, 900, 2)]}},
+    ],
+    ids=str,
+)
+def test_splits_equal_stock_after_filters(ml100k, filters):
+    item = Path(ml100k["data_path"]) / "ranked" / "ranked.item"
+    lines = item.read_text().splitlines()
+    item.write_text("\n".join([*lines[:1200], "new\ta film\t2001\tDrama", *lines[1300:]]) + "\n")
+    assert_equal_splits("ranked", **ml100k, **filters)
+
+
+def test_statistics_equal_stock(ml100k):
+    configs = [
+        Config(model, "ranked", config_dict={"train_neg_sample_args": None, **ml100k})
+        for model in ("SASRec", "SASRecCCE")
+    ]
+    stock, ours = (create_dataset(config) for config in configs)
+    assert str(stock) == str(ours)
+    assert stock.user_counter == ours.user_counter
+
+
+def test_files_are_read_in_parts(ml100k, monkeypatch):
+    monkeypatch.setattr(data, "LINES_AT_A_TIME", 1000)
+    assert_equal_splits("ranked", **ml100k)
+
+
+def test_integers_in_the_order_of_doubles():
+    numbers = [-np.inf, -1e300, -2.5, -2.0, -1e-320, -0.0, 0.0, 1e-320, 1.0, 1.5, 1.7e9, 1e300, np.inf]
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    order = data.in_order(numbers)
+    assert torch.equal(order[:, None] < order, numbers[:, None] < numbers)
+
+
+def test_a_row_by_its_number(ml100k):
+    train = splits("SASRecCCE", "ranked", **ml100k, train_targets="last")[0]
+    one, some = train[7], train[np.array([7])]
+    for field in some.columns:
+        assert torch.equal(one[field], some[field][0]), field
 
 
 def test_splits_equal_stock_without_unused_columns(ml100k):
@@ -151,8 +202,12 @@ def test_files_are_read_to_the_same_bits(tmp_path):
         for model in ("SASRec", "SASRecCCE")
     ]
     stock, ours = (create_dataset(config) for config in configs)
+    file = str(tmp_path / "data" / "odd" / "odd.inter")
+    stock_read, ours_read = (dataset._load_feat(file, FeatureSource.INTERACTION) for dataset in (stock, ours))
     for field in ("timestamp", "rating"):  # fp64 here; the splits hold fp32
-        assert np.array_equal(stock.inter_feat[field].to_numpy(), ours.inter_feat[field].to_numpy()), field
+        theirs, mine = stock_read[field].to_numpy(), ours_read[field].to_numpy()
+        assert theirs.dtype == mine.dtype == np.float64
+        assert np.array_equal(theirs, mine, equal_nan=True), field
     for field in ("user_id", "item_id", "tag"):
         assert stock.field2id_token[field].tolist() == ours.field2id_token[field].tolist(), field
     assert_equal_splits("odd", **settings)
@@ -376,6 +431,11 @@ def test_lists_of_benchmark_files_longer_than_the_model_reads(presplit):
     settings, _ = presplit
     with pytest.raises(ValueError, match=r"MAX_ITEM_LIST_LENGTH: 3 .*seq_len"):
         splits("SASRecCCE", "split", MAX_ITEM_LIST_LENGTH=3, **settings)
+
+
+def test_no_line_but_the_header(tmp_path):
+    with pytest.raises(ValueError, match="no interaction of bad is left"):
+        read(tmp_path, HEADER, [])
 
 
 def test_missing_file(tmp_path):

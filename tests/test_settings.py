@@ -36,6 +36,7 @@ KEYS = {
     "eval_chunk_items": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
     "gbce_t": ([0, 0.75, 1], [*REALS, -0.1, 1.5], "a number from 0 to 1"),
     "train_targets": (["all", "last"], ["every", None, True], "all, last"),
+    "cache_data": ([True, False, "cache"], [1, 0, "", None, ["cache"]], "True, False or a folder"),
     "attention": (["auto", "sdpa", "packed", "recbole"], ["flash", None, True], "auto, sdpa, packed, recbole"),
     "adam_betas": (
         [[0.9, 0.98], [0, 0.5]],

@@ -139,7 +139,7 @@ COSTS: dict[str, Column] = {
 }
 
 
-def test_columns(results: dict[str, list[Result]]) -> dict[str, Column]:
+def metric_columns(results: dict[str, list[Result]]) -> dict[str, Column]:
     """The metrics of the test, as RecBole computes and rounds them."""
     names = dict.fromkeys(name for group in results.values() for one in tested(group) for name in one["test"])
     return {name: (lambda result, name=name: result.get("test", {}).get(name), ".4f") for name in names}
@@ -151,7 +151,7 @@ def table(results: dict[str, list[Result]], compared: dict[str, tuple[float, flo
     for name, group in results.items():
         metrics, costs = (
             {title: Cell([one for one in map(value, group) if one is not None], form) for title, (value, form) in part}
-            for part in (test_columns(results).items(), COSTS.items())
+            for part in (metric_columns(results).items(), COSTS.items())
         )
         difference, p = ([value] for value in compared[name]) if name in compared else ([], [])
         paired = {"difference": Cell(difference, "+.4f"), "p": Cell(p, ".2g")}

@@ -347,10 +347,10 @@ def draw(results: dict[str, list[Result]], metric: str) -> dict[str, tuple[str, 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 100rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right; vertical-align: top }
-td { white-space: nowrap }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left }
-td:last-child { white-space: normal; min-width: 12rem }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top }
+.numbers :is(th, td):not(:first-child, :last-child) { text-align: right }
+.numbers td:not(:last-child) { white-space: nowrap }
+.numbers td:last-child { min-width: 12rem }
 figure { margin: 1rem 0 } img { max-width: min(100%, 60rem) } figcaption { color: #555 }
 code, pre { background: #f5f5f5; padding: .1rem .3rem; white-space: pre-wrap; overflow-wrap: anywhere }
 """
@@ -367,7 +367,7 @@ def html_page(
     every = [result for group in results.values() for result in group]
     dataset = every[0]["dataset"]
     parts = [f"<h1>Models on {html.escape(dataset)}</h1>", f"<pre>{html.escape(command)}</pre>", "<h2>Results</h2>"]
-    parts += [html_table(texts(rows)), *(f"<p>{html.escape(note)}</p>" for note in notes)]
+    parts += [html_table(texts(rows), "numbers"), *(f"<p>{html.escape(note)}</p>" for note in notes)]
     for caption, image in images.values():
         source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
         caption = html.escape(caption)
@@ -406,10 +406,12 @@ def html_settings(results: dict[str, list[Result]]) -> list[str]:
     ]
 
 
-def html_table(lines: list[list[str]]) -> str:
+def html_table(lines: list[list[str]], kind: str = "words") -> str:
     """Header and rows."""
 
     def row(cells: list[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
-    return "\n".join(["<table>", row(lines[0], "th"), *(row(line, "td") for line in lines[1:]), "</table>"])
+    return "\n".join(
+        [f'<table class="{kind}">', row(lines[0], "th"), *(row(line, "td") for line in lines[1:]), "</table>"]
+    )

@@ -355,15 +355,16 @@ def train(monkeypatch, one, stop_at=math.inf):
     return one.result()
 
 
-@pytest.mark.parametrize(("model", "eval_step"), [("SASRec", 1), ("SASRecCCE", 1), ("SASRecCCE", 50)])
+@pytest.mark.parametrize(("model", "eval_step"), [("SASRec", 1), ("SASRecCCE", 1), ("SASRecCCE", 2000)])
 def test_a_limit_cuts_after_the_epoch_and_tests_the_best_checkpoint(folder, monkeypatch, model, eval_step):
-    settings = {"epochs": 100_000, "stopping_step": 100_000, "eval_step": eval_step}
+    settings = {"epochs": 2000, "stopping_step": 2000, "eval_step": eval_step}
     one = make_trial(folder, model, time_limit=0.5, settings=settings)
     result = train(monkeypatch, one)
     assert result["state"] == "cut"
     ends = [point["seconds"] for point in result["curve"]]
     assert ends[-1] > 0.5
     assert all(end <= 0.5 for end in ends[:-1])
+    assert result["curve"][-1]["epoch"] < 1999  # validated at the cut, not at the next eval_step
     (checkpoint,) = (folder / "run").glob("*.pth")
     best = [point for point in result["curve"] if point["best"]][-1]
     assert torch.load(checkpoint)["epoch"] == best["epoch"]

@@ -1,12 +1,11 @@
-"""The command line: RecBole's flags, checked; `recommend`, `export`, `doctor`."""
+"""The command line: RecBole's flags, checked; `compare`, `recommend`, `export`, `doctor`."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import platform
-import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -16,12 +15,10 @@ import numpy as np
 import pandas as pd
 import recbole
 import torch
-import yaml
 from recbole.config import Config
-from recbole.utils import argument_list
 
 import recbole_cce
-from recbole_cce import checkpoints, compat, ops, quick_start, recommend, registry, settings
+from recbole_cce import checkpoints, checks, compare, compat, ops, quick_start, recommend, registry, settings
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -32,6 +29,7 @@ EXAMPLES = """examples:
   %(prog)s --model=SASRec --dataset=ml-1m                 RecBole's own model, same data and evaluation
   %(prog)s --dataset=ml-20m --resume                      go on with the last run: after a kill, or to more epochs
   %(prog)s --nproc=4 --gpu_id=0,1,2,3                     four GPUs of this machine
+  %(prog)s compare --models=SASRec,GRU4Rec,SASRecCCE --vary=num_negatives:64,512 --output=study
   %(prog)s recommend --checkpoint=saved/FILE.pth --k=50 --exclude-seen --output=top.csv
   %(prog)s export --checkpoint=saved/FILE.pth --output=items
   %(prog)s doctor                                         versions, GPU, active repairs of RecBole
@@ -91,6 +89,51 @@ def export_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class ParserWithKeys(argparse.ArgumentParser):
+    """A parser that takes every --key=value besides, as `flags`, and keeps what was given as `command`."""
+
+    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """As argparse's."""
+        args = sys.argv[1:] if args is None else args
+        namespace, flags = self.parse_known_args(args, namespace)
+        namespace.flags, namespace.command = flags, shlex.join([*self.prog.split(), *args])
+        return namespace
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """Flags of `compare`."""
+    parser = ParserWithKeys(
+        prog=f"{Path(sys.argv[0]).name} compare",
+        description="Train and test models side by side on the same splits: tables, significance, figures, a page.",
+        epilog="Every key of RecBole's configuration is a flag too, as --key=value, for all models. A command that was "
+        "interrupted goes on where it stopped.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--models", default="", help="models of this package or of RecBole, separated by commas")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME=MODEL,key=value,...",
+        help="a model with settings of its own; may be repeated",
+    )
+    parser.add_argument(
+        "--vary",
+        action="append",
+        metavar="key:value,value,...",
+        help="values of a key, for the models that it means something to; may be repeated",
+    )
+    parser.add_argument("--dataset", help="name of the data set, a folder in data_path (default: ml-100k)")
+    parser.add_argument("--config_files", help="YAML files, separated by spaces; later ones win")
+    parser.add_argument("--seeds", default="2020,2021,2022", help="a run of each model for each (default: %(default)s)")
+    parser.add_argument("--metric", default="NDCG@10", help="what users are compared by (default: %(default)s)")
+    parser.add_argument("--time-limit", type=float, help="seconds after which training ends with the epoch")
+    parser.add_argument("--deadline", type=float, help="seconds from now until all has ended, to go on another time")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, on one device (default: 1)")
+    parser.add_argument("--output", required=True, help="folder for tables, figures, page and the runs themselves")
+    return parser
+
+
 def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser of a command that uses a trained model."""
     parser = argparse.ArgumentParser(
@@ -101,7 +144,11 @@ def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser
 
 
 # name: parser of its flags, function of their values
-COMMANDS = {"recommend": (recommend_parser, recommend.recommend), "export": (export_parser, recommend.export)}
+COMMANDS = {
+    "compare": (compare_parser, compare.compare),
+    "recommend": (recommend_parser, recommend.recommend),
+    "export": (export_parser, recommend.export),
+}
 
 
 def keys_help() -> str:
@@ -144,13 +191,13 @@ def arguments() -> dict[str, Any]:
     # RecBole's Config reads sys.argv, too, and warns of flags without a value
     sys.argv = [word for word in sys.argv if word not in ("--resume", *TRUST)]
     files = args.config_files.split() if args.config_files else []
-    in_files = {key: value for file in files for key, value in config_file(file).items()}
+    in_files = {key: value for file in files for key, value in checks.config_file(file).items()}
     model = args.model or in_files.get("model") or "SASRecCCE"
-    check_model(model)
-    check_flags(rest, in_files, model)
+    checks.check_model(model)
+    checks.check_flags(rest, in_files, model)
     dataset = args.dataset or in_files.get("dataset") or "ml-100k"
     config = Config(model, dataset, quick_start.config_files(model, dataset, files))
-    check_config(config, args.nproc)
+    checks.check_config(config, args.nproc)
     file = resumed_file(args.resume, args.trust_checkpoint, config)
     names = ("nproc", "world_size", "ip", "port", "group_offset")
     return {
@@ -196,84 +243,6 @@ def is_users_mistake(error: Exception) -> bool:
     last = traceback.extract_tb(error.__traceback__)[-1]
     packages = tuple(str(Path(package.__file__).parent) for package in (recbole, recbole_cce))
     return last.filename.startswith(packages) and last.line.startswith("raise ")
-
-
-def config_file(file: str) -> dict[str, Any]:
-    """A YAML file of the user's.
-
-    Raises:
-        ValueError: there is no such file, or it does not hold `key: value` lines.
-    """
-    if not Path(file).is_file():
-        raise ValueError(f"--config_files: there is no file {file!r}")
-    try:
-        settings = registry.read_yaml(file)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config_files: {file!r} is not YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config_files: {file!r} holds no 'key: value' lines")
-    return settings
-
-
-def check_model(model: str) -> None:
-    """Raise a ValueError with the nearest names where neither RecBole nor we have the model."""
-    package = Path(recbole.__file__).parent
-    known = set(registry.MODELS)
-    for file in (package / "model").glob("*_recommender/*.py"):
-        known.update(re.findall(r"^class (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE))
-    if model not in known:
-        raise ValueError(f"--model: there is no model {model!r}{nearest(model, known)}")
-
-
-def check_config(config: Config, nproc: int) -> None:
-    """Raise a ValueError for what RecBole notices late and explains badly: an unknown loss_type, too few GPUs."""
-    if config["MODEL_INPUT_TYPE"] is None:
-        raise ValueError(
-            f"loss_type: {config['loss_type']!r} is not valid for {config['model']}, RecBole's losses are CE and BPR; "
-            f"{', '.join(registry.MODELS)} have the others"
-        )
-    gpu_id = config["gpu_id"]
-    named, there = len(gpu_id.split(",")), torch.cuda.device_count()
-    if 1 < nproc > named:
-        raise ValueError(
-            f"--nproc={nproc} needs {nproc} GPUs, but gpu_id={gpu_id!r} names {named}; use --gpu_id=0,1,..."
-        )
-    if 1 < nproc > there:
-        raise ValueError(f"--nproc={nproc} needs {nproc} GPUs, but of gpu_id={gpu_id!r} this machine has {there}")
-
-
-def check_flags(flags: list[str], in_files: dict[str, Any], model: str) -> None:
-    """Raise a ValueError for a flag that neither RecBole nor we know, with the nearest known one.
-
-    RecBole itself ignores, with a warning, what is not of the form --key=value, and takes any key.
-    """
-    known = known_keys(model) | set(in_files)
-    for flag in flags:
-        name = flag.lstrip("-").partition("=")[0]
-        if not flag.startswith("--") or flag.count("=") != 1:
-            raise ValueError(f"{flag!r} is not understood; flags are written --key=value")
-        if name not in known:
-            raise ValueError(f"there is no option --{name}{nearest(name, known)}")
-
-
-def known_keys(model: str) -> set[str]:
-    """Every configuration key that RecBole, the model or this package reads."""
-    package = Path(recbole.__file__).parent
-    files = [registry.MODELS.get(model, package / "properties" / "model" / f"{model}.yaml")]
-    files += [package / "properties" / file for file in ("overall.yaml", "dataset/sample.yaml", "dataset/ml-100k.yaml")]
-    keys = set(settings.KEYS) | {key for file in files if file.is_file() for key in registry.read_yaml(file)}
-    for name in ("general", "training", "evaluation", "dataset"):
-        keys.update(getattr(argument_list, f"{name}_arguments"))
-    for file in package.rglob("*.py"):  # some keys are read, but stand in no YAML file: tail_ratio, encoding, ...
-        keys.update(re.findall(r"config\[\s*[\"'](\w+)[\"']\s*\]", file.read_text(encoding="utf-8")))
-    return keys
-
-
-def nearest(name: str, known: set[str]) -> str:
-    """'; did you mean ...?' with the known names most like `name`."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    matches = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(by_lower[match] for match in matches)}?" if matches else ""
 
 
 def doctor() -> str:

@@ -19,7 +19,7 @@ import yaml
 from recbole.config import Config
 from recbole.utils import url
 
-from recbole_cce import cli, compat, evaluation, quick_start, registry, settings
+from recbole_cce import checks, cli, compat, evaluation, quick_start, registry, settings
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python
 
@@ -312,7 +312,7 @@ def test_help_explains_the_keys_and_shows_examples(monkeypatch, capsys):
         for flag in re.findall(r"--\w+=\S+", example):
             name = flag[2:].partition("=")[0]
             named = ("model", "dataset", "config_files", "nproc")
-            assert name in named or name in cli.known_keys("SASRecCCE") | cli.known_keys("SASRecSCE")
+            assert name in named or name in checks.known_keys("SASRecCCE") | checks.known_keys("SASRecSCE")
 
 
 def test_doctor():

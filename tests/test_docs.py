@@ -16,7 +16,7 @@ from recbole.config import Config
 from torch.nn import functional as F
 
 import recbole_cce
-from recbole_cce import cli, losses, registry, settings
+from recbole_cce import checks, cli, losses, registry, settings
 from recbole_cce.ops import negatives
 from tests.conftest import write_inter
 
@@ -168,7 +168,7 @@ def test_flags_on_the_pages_exist():
             flags = [word for word in words if word.startswith("--") and "=" in word]
             options = {"--model", "--dataset", "--config_files", "--nproc", "--resume"}
             flags = [flag for flag in flags if flag.partition("=")[0] not in options and flag != "--loss_type=BPR"]
-            cli.check_flags(flags, {}, "SASRecCCE")
+            checks.check_flags(flags, {}, "SASRecCCE")
             for file in re.findall(r"--config_files=(properties/\S+)", line):
                 assert (ROOT / file).is_file(), file
 

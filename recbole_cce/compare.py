@@ -1,0 +1,381 @@
+"""Models side by side: which runs a comparison takes, what a user can get wrong, and running what is not there yet.
+
+Each run is a process of its own (trial.py); tables, figures and the page are made from what the runs left (report.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import multiprocessing
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import recbole
+from recbole.config import Config
+from recbole.data import create_dataset
+from recbole.evaluator.base_metric import LossMetric, TopkMetric
+from recbole.evaluator.register import metrics_dict
+from recbole.utils import argument_list, get_model, set_color
+from tqdm import tqdm
+
+from recbole_cce import checks, quick_start, registry, report
+from recbole_cce.losses import LOSSES
+from recbole_cce.trial import Trial, run
+
+# keys that decide what is tested and how: equal for all models, or nothing could be compared
+SAME = (
+    *("eval_args", "repeatable", "metrics", "topk", "metric_decimal_place", "valid_metric", "exclude_seen"),
+    *("benchmark_filename", "rm_dup_inter", "val_interval", "filter_inter_by_user_or_item"),
+    *("user_inter_num_interval", "item_inter_num_interval"),
+)
+# keys that change no result: a run with another value of these is the same run
+ASIDE = {"checkpoint_dir", "show_progress", "state", "gpu_id", "log_wandb", "wandb_project"}
+TEST_SECONDS = 25  # kept free before the deadline for the tests
+TABLE_SECONDS = 4  # and for the tables
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model with settings of its own: one row of the table."""
+
+    name: str
+    model: str
+    settings: dict[str, str]
+
+
+def compare(
+    output: str,
+    models: str = "",
+    variant: list[str] | None = None,
+    vary: list[str] | None = None,
+    dataset: str | None = None,
+    config_files: str | None = None,
+    seeds: str = "2020,2021,2022",
+    metric: str = "NDCG@10",
+    time_limit: float | None = None,
+    deadline: float | None = None,
+    parallel: int = 1,
+    flags: list[str] | None = None,
+    command: str = "",
+) -> None:
+    """Run what is missing, then write tables, figures and page into `output`; the options are those of the command.
+
+    Raises:
+        ValueError: names the option, its value and what it takes, before any run starts; or matplotlib is missing,
+            after the tables are written.
+    """
+    begun = time.time()
+    for option, value in {"time-limit": time_limit, "deadline": deadline, "parallel": parallel}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{option}: {value} is not valid; it takes a number > 0")
+    trials = plan(output, models, variant or [], vary or [], dataset, config_files, seeds, time_limit, flags or [])
+    metric = check_metric(metric, configuration(trials[0]))
+    waiting = [trial for trial in trials if not is_done(trial)]
+    if waiting:
+        check_data(configuration(waiting[0]))
+    end = begun + (deadline or math.inf)
+    try:
+        execute(waiting, len(trials), parallel, end, metric)
+        crowded = [trial for trial in waiting if trial.result()["state"] == "out of memory" and not is_done(trial)]
+        if crowded:  # what was missing may be what neighbours held
+            execute(crowded, len(trials), 1, end, metric)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    report.write(Path(output), trials, metric, command)
+
+
+def plan(
+    output: str,
+    models: str,
+    variant: list[str],
+    vary: list[str],
+    dataset: str | None,
+    config_files: str | None,
+    seeds: str,
+    time_limit: float | None,
+    flags: list[str],
+) -> list[Trial]:
+    """Every run of the comparison, checked: variant by variant, seed by seed."""
+    if Path(output).exists() and not Path(output).is_dir():
+        raise ValueError(f"--output: {output!r} is a file; it takes a folder")
+    files = config_files.split() if config_files else []
+    in_files = {key: value for file in files for key, value in checks.config_file(file).items()}
+    dataset = dataset or in_files.get("dataset") or "ml-100k"
+    named = parse_variants(models, variant)
+    common = {"show_progress": "False", **parse_flags(flags, in_files, [one.model for one in named])}
+    numbers = parse_seeds(seeds)
+
+    def config(one: Variant) -> Config:
+        return Config(
+            one.model, dataset, quick_start.config_files(one.model, dataset, files), {**common, **one.settings}
+        )
+
+    varied = parse_vary(vary, [one.model for one in named])
+    expanded = [each for one in named for each in expand(one, varied, config)]
+    for key in varied:
+        if not any(key in one.settings for one in expanded):
+            raise ValueError(f"--vary: {key} changes nothing in {', '.join(one.name for one in named)}")
+    configs = [config(one) for one in expanded]
+    for made in configs:
+        checks.check_config(made, 1)
+    check_same(expanded, configs)
+    check_evaluation(configs[0])
+
+    trials, folders = [], {}
+    for one, made in zip(expanded, configs, strict=True):
+        for seed in numbers:
+            key = digest({**made.final_config_dict, "seed": seed}, time_limit)
+            folder = str(Path(output).resolve() / "runs" / f"{one.model}-{seed}-{key}")
+            if folder in folders:
+                raise ValueError(f"--variant: {one.name!r} has the settings of {folders[folder]!r}")
+            folders[folder] = one.name
+            own = {"seed": seed, "checkpoint_dir": folder}
+            trials.append(
+                Trial(
+                    name=one.name,
+                    model=one.model,
+                    dataset=dataset,
+                    seed=seed,
+                    files=tuple(files),
+                    settings={**common, **one.settings, **own},
+                    time_limit=time_limit,
+                    folder=folder,
+                    modules=(get_model(one.model).__module__,) if one.model in registry.MODELS else (),
+                )
+            )
+    return trials
+
+
+def configuration(trial: Trial) -> Config:
+    """The Config of a run, as RecBole makes it."""
+    files = quick_start.config_files(trial.model, trial.dataset, list(trial.files))
+    return Config(trial.model, trial.dataset, files, dict(trial.settings))
+
+
+def digest(settings: dict[str, Any], time_limit: float | None) -> str:
+    """A name for all that decides a result: a run of another name is another run."""
+    kept = {key: value for key, value in settings.items() if key not in ASIDE}
+    text = json.dumps([kept, time_limit], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+# What the options mean
+
+
+def parse_variants(models: str, texts: list[str]) -> list[Variant]:
+    """--models=A,B and each --variant=NAME=MODEL,key=value,..."""
+    variants = [Variant(model, model, {}) for model in models.split(",") if model]
+    for text in texts:
+        name, _, definition = text.partition("=")
+        model, *pairs = re.split(r",(?=\w+=)", definition)
+        if not (name and model) or "," in name or "=" in model:
+            raise ValueError(f"--variant: {text!r} is not valid; it takes NAME=MODEL,key=value,...")
+        settings = dict(pair.split("=", 1) for pair in pairs)
+        variants.append(Variant(name, model, settings))
+    if not variants:
+        raise ValueError("--models: '' is not valid; it takes names of models, separated by commas")
+    for variant in variants:
+        checks.check_model(variant.model, "--models" if variant.name == variant.model else "--variant")
+        checks.check_flags([f"--{key}={value}" for key, value in variant.settings.items()], {}, variant.model)
+        if "seed" in variant.settings:
+            raise ValueError(f"--variant: {variant.name!r} names a seed; --seeds has those of all models")
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"--models: {name!r} is there twice; --variant=NAME={name},key=value gives it another name"
+            )
+    return variants
+
+
+def parse_flags(flags: list[str], in_files: dict[str, Any], models: list[str]) -> dict[str, str]:
+    """RecBole's keys from --key=value."""
+    checks.check_flags(flags, in_files, *models)
+    pairs = [flag[2:].split("=") for flag in flags]
+    settings: dict[str, str] = {}
+    for key, value in pairs:
+        if key == "seed":
+            raise ValueError(f"--seed={value} is not an option of compare; --seeds has those of all models")
+        if key in settings:
+            raise ValueError(f"--{key} is there twice, as {settings[key]!r} and {value!r}")
+        settings[key] = value
+    return settings
+
+
+def parse_seeds(text: str) -> list[int]:
+    """--seeds=2020,2021."""
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\d{1,9}", part) for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"--seeds: {text!r} is not valid; it takes different integers >= 0, separated by commas")
+    return [int(part) for part in parts]
+
+
+def parse_vary(texts: list[str], models: list[str]) -> dict[str, list[str]]:
+    """Each --vary=key:value,value; commas in brackets belong to a value."""
+    varied = {}
+    for text in texts:
+        key, _, values = text.partition(":")
+        parts = re.split(r",(?![^\[({]*[\])}])", values)
+        if not key or not all(parts) or len(set(parts)) < len(parts):
+            raise ValueError(f"--vary: {text!r} is not valid; it takes key:value,value,... with different values")
+        known = set().union(*map(checks.known_keys, models)) - {"seed"}
+        if key not in known:
+            raise ValueError(f"--vary: there is no key {key!r}{checks.nearest(key, known)}")
+        if key in varied:
+            raise ValueError(f"--vary: {key} is there twice; it takes all its values at once")
+        varied[key] = parts
+    return varied
+
+
+def expand(variant: Variant, varied: dict[str, list[str]], config: Any) -> list[Variant]:
+    """The variant with each combination of values of the keys that mean something to it, each once."""
+    expanded: dict[str, Variant] = {}
+    for values in itertools.product(*varied.values()):
+        combination = dict(zip(varied, values, strict=True))
+        # another loss reads other keys, so that this is known for a combination only
+        made = config(replace(variant, settings={**variant.settings, **combination}))
+        known = {key: value for key, value in combination.items() if reads(made, key)}
+        name = " ".join([variant.name, *(f"{key}={value}" for key, value in known.items())])
+        expanded.setdefault(name, Variant(name, variant.model, {**variant.settings, **known}))
+    return list(expanded.values())
+
+
+def reads(config: Config, key: str) -> bool:
+    """Whether a key changes anything for a model with its loss."""
+    model, package = config["model"], Path(recbole.__file__).parent / "properties"
+    loss = LOSSES.get(config["loss_type"]) if model in registry.MODELS else None
+    if loss is not None and any(key in keys_of_loss(other) for other in LOSSES.values()):
+        return key in keys_of_loss(loss)
+    own = registry.MODELS.get(model, package / "model" / f"{model}.yaml")
+    files = [file for file in (own, package / "overall.yaml", package / "dataset" / "sample.yaml") if file.is_file()]
+    return key in argument_list.training_arguments or any(key in registry.read_yaml(file) for file in files)
+
+
+def keys_of_loss(loss: type) -> set[str]:
+    """The keys that the code of a loss looks up."""
+    sources = [inspect.getsource(cls) for cls in loss.__mro__ if cls.__module__ == loss.__module__]
+    return set(re.findall(r'config\["(\w+)"\]', "\n".join(sources)))
+
+
+# What a user can get wrong
+
+
+def check_evaluation(config: Config) -> None:
+    """Raise a ValueError for what RecBole would notice after the first epoch of every run."""
+    computed = set()
+    for name in map(str.lower, config["metrics"]):
+        by_rank = name != "gauc" and not issubclass(metrics_dict[name], LossMetric)
+        computed.update([f"{name}@{k}" for k in config["topk"]] if by_rank else [name])
+    if config["valid_metric"].lower() not in computed:
+        raise ValueError(
+            f"valid_metric: {config['valid_metric']!r} is not among metrics and topk; it takes one of "
+            f"{', '.join(sorted(computed))}"
+        )
+    if config["eval_step"] < 1:
+        raise ValueError(f"eval_step: {config['eval_step']} is not valid; it takes an integer >= 1")
+
+
+def check_metric(metric: str, config: Config) -> str:
+    """The name RecBole gives to the metric that users are compared by."""
+    names = [name.lower() for name in config["metrics"] if issubclass(metrics_dict[name.lower()], TopkMetric)]
+    valid = [f"{name}@{k}" for name in names for k in config["topk"]]
+    if metric.lower() not in valid:
+        raise ValueError(
+            f"--metric: {metric!r} is not valid; it takes one of {', '.join(valid) or 'no metrics at all'}"
+        )
+    return metric.lower()
+
+
+def check_same(variants: list[Variant], configs: list[Config]) -> None:
+    """Raise a ValueError where two models would be tested on different interactions, or in another way."""
+    for variant, config in zip(variants, configs, strict=True):
+        for key in SAME:
+            first, other = configs[0][key] or None, config[key] or None
+            if first != other:
+                raise ValueError(
+                    f"{key}: {variants[0].name} has {first!r}, {variant.name} has {other!r}; a comparison takes one "
+                    f"value, such as --{key}={str(first).replace(' ', '')!r}"
+                )
+
+
+def check_data(config: Config) -> None:
+    """Read the data set once, so that it is downloaded before several runs want it, and mistakes in it show."""
+    items = create_dataset(config).item_num - 1
+    if max(config["topk"]) > items:
+        raise ValueError(f"topk: {config['topk']} is not valid; it takes at most {items}, the number of items")
+
+
+# Running
+
+
+def is_done(trial: Trial) -> bool:
+    """Whether a run need not be repeated: it was tested, or is too large for the device alone."""
+    result = trial.result()
+    return result["state"] in ("finished", "cut") or (result["state"] == "out of memory" and result["parallel"] == 1)
+
+
+def execute(trials: list[Trial], total: int, parallel: int, end: float, metric: str) -> None:
+    """Run the trials, `parallel` at a time, until the time `end`; those that are killed then stay unfinished."""
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    stop_at = end - TEST_SECONDS
+    waiting, running = list(trials), {}
+    progress = tqdm(total=total, initial=total - len(trials), ncols=100, desc=set_color("Compare", "pink"))
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel and time.time() < stop_at:
+                one = waiting.pop(0)
+                shutil.rmtree(one.folder, ignore_errors=True)
+                Path(one.folder).mkdir(parents=True)
+                one.save(asdict(one) | {"state": "unfinished", "parallel": parallel, "curve": []})
+                process = spawn.Process(target=run, args=(one, stop_at, parallel))
+                process.start()
+                running[process.sentinel] = one, process
+            left = end - TABLE_SECONDS - time.time()
+            ended = connection.wait(list(running), None if left == math.inf else max(0, left))
+            if not ended:
+                return
+            for sentinel in ended:
+                one, process = running.pop(sentinel)
+                process.join()
+                progress.write(line(close(one, process.exitcode), metric), file=sys.stderr)
+                progress.update()
+    finally:
+        progress.close()
+        for _, process in running.values():
+            process.kill()
+            process.join()
+
+
+def close(trial: Trial, exitcode: int) -> dict[str, Any]:
+    """The result of a run whose process has ended; one that did not say how it went has failed."""
+    result = trial.result()
+    if result["state"] == "unfinished":
+        log = Path(trial.folder) / "log.txt"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        reason = lines[-1] if lines else "it printed nothing"
+        if exitcode < 0:
+            reason = f"ended by signal {-exitcode} ({signal.Signals(-exitcode).name})"
+        result |= {"state": "failed", "reason": reason}
+        trial.save(result)
+    return result
+
+
+def line(result: dict[str, Any], metric: str) -> str:
+    """One line on how a run went."""
+    text = f"{result['name']}, seed {result['seed']}: {result['state']}"
+    if "test" in result:
+        text += f", test {metric} {result['test'][metric]}, {len(result['curve'])} epochs"
+        text += f", {result['curve'][-1]['seconds']:.1f} s" if result["curve"] else ""
+    return f"{text}: {result['reason']}" if "reason" in result else text

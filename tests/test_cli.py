@@ -228,8 +228,9 @@ def test_what_is_resumed(saved, command, monkeypatch, flags):
 
 @pytest.mark.parametrize("key", settings.KEYS)
 def test_one_line_for_a_wrong_value_of_each_key(mistake, key):
-    message = mistake(f"--{key}=wrong")
-    assert message == f"{key}: 'wrong' is not valid; it takes {settings.KEYS[key].valid}"
+    wrong = 1 if key == "cache_data" else "wrong"  # which could be a folder
+    message = mistake(f"--{key}={wrong}")
+    assert message == f"{key}: {wrong!r} is not valid; it takes {settings.KEYS[key].valid}"
 
 
 def test_loss_of_ours_with_a_model_of_recbole(mistake):

@@ -14,7 +14,7 @@ from recbole.quick_start import run_recbole
 from recbole.utils import argument_list, get_model, get_trainer
 
 from recbole_cce import quick_start, registry, settings
-from recbole_cce.cli import known_keys
+from recbole_cce.checks import known_keys
 from recbole_cce.models.sasrec import EfficientSASRec
 from tests.conftest import write_inter
 

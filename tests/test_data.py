@@ -137,6 +137,7 @@ def test_rarer_splits_equal_stock(tmp_path, split):
     [
         {"user_inter_num_interval": "[30,200]", "item_inter_num_interval": "[20,inf)"},
         {"user_inter_num_interval": "[20,30);(100,300]", "item_inter_num_interval": None},
+        {"item_inter_num_interval": "[2,inf)", "load_col": {"inter": ["user_id", "item_id", "timestamp"]}},
         {"rm_dup_inter": "last", "filter_inter_by_user_or_item": False},
         {"val_interval": {"rating": "[4,5]", "item_id": [str(item) for item in range(1, 900, 2)]}},
     ],
@@ -146,7 +147,7 @@ def test_splits_equal_stock_after_filters(ml100k, filters):
     item = Path(ml100k["data_path"]) / "ranked" / "ranked.item"
     lines = item.read_text().splitlines()
     item.write_text("\n".join([*lines[:1200], "new\ta film\t2001\tDrama", *lines[1300:]]) + "\n")
-    assert_equal_splits("ranked", **ml100k, **filters)
+    assert_equal_splits("ranked", **{**ml100k, **filters})
 
 
 def test_statistics_equal_stock(ml100k):

@@ -265,7 +265,7 @@ def test_a_subclass_has_none(tiny_config):
         pass
 
     Other(Config("SASRecCCE", "tiny", config_dict=tiny_config))
-    assert not (Path(tiny_config["data_path"]) / "tiny" / NAME).exists()
+    assert [file.name for file in (Path(tiny_config["data_path"]) / "tiny").iterdir()] == ["tiny.inter"]
 
 
 def total_of_first_split(settings) -> list[int]:

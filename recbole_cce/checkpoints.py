@@ -10,9 +10,11 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+
+from recbole_cce.files import write_whole
 
 LAST = ".last"  # not *.pth: scripts that look for RecBole's files find what they did
 
@@ -28,20 +30,20 @@ def best_file(file: Path | str) -> Path:
 
 
 def write(state: dict[str, Any], destination: Path) -> None:
-    """torch.save to a file beside the destination, then renamed to it.
+    """torch.save, whole or not at all.
 
     Raises:
         OSError: the disk is full, or the like; the destination is as it was.
     """
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
+
+    def save(file: BinaryIO) -> None:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, destination)
+        write_whole(destination, save)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__  # torch hides an error of the file behind one of its own
@@ -95,12 +97,6 @@ def make_safe(file: Path | str) -> None:
     Unpickles it: see `trust` of read().
     """
     write(read(file, trust=True), Path(file))
-
-
-def remove_leftovers(file: Path) -> None:
-    """Remove what saves of a run left behind that were killed in the middle."""
-    for leftover in file.parent.glob(f".{file.name}.*[0-9]"):
-        leftover.unlink(missing_ok=True)
 
 
 def newest(folder: Path | str, model: str, dataset: str, trust: bool = False) -> Path:

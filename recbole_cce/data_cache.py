@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
-import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +24,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
 from recbole_cce import compat
+from recbole_cce.files import write_whole
 
 DESCRIPTION = "description"  # of the arrays: JSON, and first in the file
 PLAIN = ("field2seqlen", "field2bucketnum", "file_size_list")  # attributes of RecBole's data set that JSON can hold
@@ -128,17 +127,13 @@ class Cache:
         if dataset.config["local_rank"] != 0 or sources(dataset) != self.sources:
             return
         arrays = describe(dataset, {"sources": self.sources, "settings": settings})
-        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)  # no fsync: what a power cut tears fails its check sums
-            os.replace(temporary, self.path)  # processes that write at once replace one complete file by another
+            # no fsync: what a power cut tears fails its check sums
+            write_whole(self.path, lambda file: np.savez(file, **arrays))
         except OSError as error:
             dataset.logger.warning(
                 f"cache_data: no copy of the data set is kept, {self.path} cannot be written: {error}"
             )
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def describe(dataset: Any, described: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from recbole_cce import registry
 from recbole_cce.data import LeanSequentialDataset
 from recbole_cce.evaluation import auto_chunk_items, chunked_topk
+from recbole_cce.files import write_whole
 
 FORMATS = (".csv", ".parquet")
 
@@ -63,9 +63,9 @@ def export(checkpoint: str, output: str) -> None:
     _, model, dataset = load(checkpoint)
     vectors = model.item_embedding.weight.detach()[1:].float().cpu().numpy()
     tokens = dataset.field2id_token[dataset.iid_field][1:]
-    write_whole(Path(f"{output}.npy"), lambda file: save_array(file, vectors))
+    write_whole(Path(f"{output}.npy"), lambda file: np.save(file, vectors))
     table = pd.DataFrame({"row": np.arange(len(tokens)), "item": tokens})
-    write_whole(Path(f"{output}.tsv"), lambda file: table.to_csv(file, sep="\t", index=False))
+    write_whole(Path(f"{output}.tsv"), lambda file: table.to_csv(file, sep="\t", index=False, mode="wb"))
     getLogger().info(f"vectors of {len(tokens)} items: {output}.npy, their tokens: {output}.tsv")
 
 
@@ -130,13 +130,13 @@ def top_items(
         )
 
 
-def write_csv(file: Path, tables: Iterator[pd.DataFrame]) -> None:
+def write_csv(file: BinaryIO, tables: Iterator[pd.DataFrame]) -> None:
     """Tables one after another, under one header."""
     for number, table in enumerate(tables):
-        table.to_csv(file, mode="a", header=number == 0, index=False)
+        table.to_csv(file, mode="wb", header=number == 0, index=False)
 
 
-def write_parquet(file: Path, tables: Iterator[pd.DataFrame]) -> None:
+def write_parquet(file: BinaryIO, tables: Iterator[pd.DataFrame]) -> None:
     """Tables one after another, a row group each."""
     try:
         import pyarrow
@@ -153,20 +153,3 @@ def write_parquet(file: Path, tables: Iterator[pd.DataFrame]) -> None:
 
 
 WRITERS = {".csv": write_csv, ".parquet": write_parquet}
-
-
-def save_array(file: Path, array: np.ndarray) -> None:
-    """numpy.save, which would put another ending to the name."""
-    with open(file, "wb") as stream:
-        np.save(stream, array)
-
-
-def write_whole(file: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` write a file beside this one, then rename it: nobody finds half a file."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    try:
-        write(part)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)

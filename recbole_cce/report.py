@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from recbole_cce import figures
-from recbole_cce.recommend import write_whole
+from recbole_cce.files import write_whole
 from recbole_cce.trial import Trial
 
 Result = dict[str, Any]
@@ -80,7 +80,7 @@ def write(output: Path, trials: list[Trial], metric: str, command: str) -> None:
     except ImportError as error:
         images, missing = {}, error
     for name, (_, image) in images.items():
-        write_whole(output / f"{name}.png", lambda part, image=image: part.write_bytes(image))
+        write_whole(output / f"{name}.png", lambda file, image=image: file.write(image))
     write_text(output / "report.html", html_page(rows, notes, images, results, command))
     print(f"{output}: {', '.join([*forms, *(f'{name}.png' for name in images), 'report.html'])}")
     if missing:
@@ -92,7 +92,7 @@ def write(output: Path, trials: list[Trial], metric: str, command: str) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """A file, whole or not at all."""
-    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(file, lambda stream: stream.write(text.encode()))
 
 
 # Numbers

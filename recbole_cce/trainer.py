@@ -21,6 +21,7 @@ from recbole_cce.compat import checkpoint_state, share_file_name
 from recbole_cce.cuda_graph import GraphedStep
 from recbole_cce.data import TARGET_COUNT
 from recbole_cce.evaluation import TopK, auto_chunk_items, chunked_topk
+from recbole_cce.files import remove_parts
 
 # of cuda_graph: auto; a larger step computes for longer than Python takes to launch it
 MAX_GRAPHED_POSITIONS = 2**18
@@ -286,7 +287,7 @@ class EfficientTrainer(Trainer):
             if "loading state_dict" not in str(error):  # torch's, of parameters that differ in name or shape
                 raise
             raise ValueError(f"{resume_file} does not fit this model's settings: {error}") from error
-        checkpoints.remove_leftovers(best)
+        remove_parts(best)
         self.saved_model_file = str(best)
         self.trained_epoch = self.saved_epoch = checkpoint["epoch"]
         self.resumed = checkpoint

@@ -31,7 +31,7 @@ from recbole.quick_start import quick_start as recbole_quick_start
 
 import recbole_cce
 from recbole_cce import quick_start, registry
-from recbole_cce.recommend import write_whole
+from recbole_cce.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Trial:
     def save(self, result: dict[str, Any]) -> None:
         """Write the result whole or not at all: a process may be killed at any time."""
         text = json.dumps(result, indent=1)
-        write_whole(Path(self.folder) / "result.json", lambda part: part.write_text(text))
+        write_whole(Path(self.folder) / "result.json", lambda file: file.write(text.encode()))
 
     def users(self) -> dict[str, np.ndarray]:
         """Ids of the test users under `user`, and the values of each per-user metric."""
@@ -275,7 +275,8 @@ class Watch:
             return
         users, row = np.unique(torch.cat(self.users).numpy(), return_inverse=True)
         means = {name: np.bincount(row, value) / np.bincount(row) for name, value in self.values.items()}
-        write_whole(Path(self.trial.folder) / "users.npz", lambda part: write_arrays(part, {"user": users, **means}))
+        arrays = {"user": users, **means}
+        write_whole(Path(self.trial.folder) / "users.npz", lambda file: np.savez_compressed(file, **arrays))
         pairs = torch.cat(self.pairs, dim=1).numpy()
         pairs = pairs[:, np.lexsort(pairs)]
         digest = hashlib.sha256(np.ascontiguousarray(pairs).tobytes()).hexdigest()[:16]
@@ -285,12 +286,6 @@ class Watch:
 def plain(value: Any) -> Any:
     """A value of a Config as JSON has it."""
     return json.loads(json.dumps(value, default=str))
-
-
-def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """numpy.savez_compressed, which would put another ending to the name."""
-    with open(file, "wb") as stream:
-        np.savez_compressed(stream, **arrays)
 
 
 def versions() -> dict[str, str]:

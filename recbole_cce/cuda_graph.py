@@ -24,7 +24,7 @@ class GraphedStep:
 
     Args:
         model: its `target_capacity` is set while `step` runs.
-        step: forward and backward pass; reads nothing but `interaction`, and waits for nothing.
+        step: clears the gradients, then forward and backward pass; reads nothing but `interaction`, waits for nothing.
         rows: of a full batch.
         target_capacity: the most targets that a batch may have, None if there is one a row.
         target_count: name of the field that counts a row's targets.
@@ -54,17 +54,14 @@ class GraphedStep:
     def __call__(self, interaction: Interaction) -> torch.Tensor:
         """The loss of a batch on the CPU; the gradients are then in the parameters."""
         if not self.fits(interaction):
-            self.model.zero_grad()
             return self.step(interaction.to(self.device))
         self.fill(interaction)
         self.model.target_capacity = self.target_capacity
         try:
             if self.graph is None and self.warm_up_steps > 0:
                 self.warm_up_steps -= 1
-                self.model.zero_grad()
                 return self.warm_up()
             if self.graph is None:
-                self.model.zero_grad()
                 self.capture()
         finally:
             self.model.target_capacity = None
@@ -104,6 +101,7 @@ class GraphedStep:
 
     def capture(self) -> None:
         """Record the step, without running it."""
+        self.model.zero_grad()  # what the step would free is not of the graph's memory
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):
             self.loss = self.step(self.batch)

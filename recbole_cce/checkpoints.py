@@ -107,6 +107,7 @@ def newest(folder: Path | str, model: str, dataset: str, trust: bool = False) ->
     """
     files = [file for suffix in ("", LAST) for file in Path(folder).glob(f"{model}-*.pth{suffix}")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        if read(file, trust)["config"]["dataset"] == dataset:
+        config = read(file, trust)["config"]
+        if (config["model"], config["dataset"]) == (model, dataset):
             return file
     raise ValueError(f"--resume: there is no checkpoint of {model} on {dataset} in {str(folder)!r}")

@@ -196,7 +196,7 @@ def arguments() -> dict[str, Any]:
     checks.check_model(model)
     checks.check_flags(rest, in_files, model)
     dataset = args.dataset or in_files.get("dataset") or "ml-100k"
-    config = Config(model, dataset, quick_start.config_files(model, dataset, files))
+    config = quick_start.configuration(model, dataset, files)
     checks.check_config(config, args.nproc)
     file = resumed_file(args.resume, args.trust_checkpoint, config)
     names = ("nproc", "world_size", "ip", "port", "group_offset")
@@ -219,14 +219,18 @@ def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str 
             raise ValueError("--trust-checkpoint is of use with --resume only")
         return None
     names = (config["model"], config["dataset"])
-    file = Path(resume) if resume is not True else checkpoints.newest(config["checkpoint_dir"], *names, trust)
-    if not file.is_file():
-        raise ValueError(f"--resume: there is no file {resume!r}")
-    saved = checkpoints.read(file, trust)["config"]
-    if (saved["model"], saved["dataset"]) != names:
-        raise ValueError(
-            f"--resume: {file} is a checkpoint of {saved['model']} on {saved['dataset']}, not of {' on '.join(names)}"
-        )
+    if resume is True:
+        file = checkpoints.newest(config["checkpoint_dir"], *names, trust)
+    else:
+        file = Path(resume)
+        if not file.is_file():
+            raise ValueError(f"--resume: there is no file {resume!r}")
+        saved = checkpoints.read(file, trust)["config"]
+        if (saved["model"], saved["dataset"]) != names:
+            raise ValueError(
+                f"--resume: {file} is a checkpoint of {saved['model']} on {saved['dataset']}, not of "
+                f"{' on '.join(names)}"
+            )
     if trust:
         checkpoints.make_safe(file)
     return str(file)

@@ -118,9 +118,7 @@ def plan(
     numbers = parse_seeds(seeds)
 
     def config(one: Variant) -> Config:
-        return Config(
-            one.model, dataset, quick_start.config_files(one.model, dataset, files), {**common, **one.settings}
-        )
+        return quick_start.configuration(one.model, dataset, files, {**common, **one.settings})
 
     varied = parse_vary(vary, [one.model for one in named])
     expanded = [each for one in named for each in expand(one, varied, config)]
@@ -160,8 +158,7 @@ def plan(
 
 def configuration(trial: Trial) -> Config:
     """The Config of a run, as RecBole makes it."""
-    files = quick_start.config_files(trial.model, trial.dataset, list(trial.files))
-    return Config(trial.model, trial.dataset, files, dict(trial.settings))
+    return quick_start.configuration(trial.model, trial.dataset, list(trial.files), dict(trial.settings))
 
 
 def digest(settings: dict[str, Any], time_limit: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from recbole.data.interaction import Interaction
 from recbole.evaluator import collector as recbole_collector
+from torch import nn
 
 PER_ROW = ("rec.items", "rec.topk", "rec.meanrank")  # what ranking metrics are computed from
 SCORE_ELEMENTS = 2**26  # scores held at a time with eval_chunk_items: auto (256 MiB in fp32)
@@ -65,6 +66,26 @@ def chunked_topk(
         best_scores, order = best_scores.topk(min(k, best_scores.size(1)), dim=1)
         best_items = best_items.gather(1, order)
     return best_scores, best_items
+
+
+def top_items(
+    model: nn.Module,
+    rows: Interaction,
+    k: int,
+    chunk_items: int | str,
+    seen: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """chunked_topk() for the lists of a batch, which is on the CPU as `seen` is; chunk_items: eval_chunk_items."""
+    device = model.item_embedding.weight.device
+    on_device = rows.to(device)
+    hidden = model.forward(on_device[model.ITEM_SEQ], on_device[model.ITEM_SEQ_LEN])
+    return chunked_topk(
+        hidden,
+        model.item_embedding.weight,
+        k,
+        auto_chunk_items(len(hidden)) if chunk_items == "auto" else chunk_items,
+        seen=seen and tuple(part.to(device) for part in seen),
+    )
 
 
 def auto_chunk_items(users: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import recbole.quick_start
 import recbole.quick_start.quick_start as recbole_quick_start
+from recbole.config import Config
 
 from recbole_cce import checkpoints, registry
 
@@ -46,6 +47,11 @@ def config_files(model: str, dataset: str, files: list[str]) -> list[str]:
     """The user's configuration files, after our defaults of the data set where RecBole's Config does not read them."""
     defaults = registry.dataset_defaults(dataset)
     return [str(defaults), *files] if model not in registry.MODELS and defaults is not None else list(files)
+
+
+def configuration(model: str, dataset: str, files: list[str], settings: dict[str, Any] | None = None) -> Config:
+    """The Config of run(), which RecBole makes anew in it."""
+    return Config(model, dataset, config_files(model, dataset, files), settings)
 
 
 def run_recboles(rank: int, *args: Any) -> None:

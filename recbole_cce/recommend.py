@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from recbole_cce import registry
 from recbole_cce.data import LeanSequentialDataset
-from recbole_cce.evaluation import auto_chunk_items, chunked_topk
+from recbole_cce.evaluation import top_items
 from recbole_cce.files import write_whole
 
 FORMATS = (".csv", ".parquet")
@@ -47,7 +47,7 @@ def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = Non
     if not 1 <= k < model.n_items:
         raise ValueError(f"--k: {k} is not valid; it takes 1 to {model.n_items - 1}, the number of items")
     ids = torch.arange(1, dataset.user_num) if tokens is None else user_ids(dataset, tokens, users)
-    tables = top_items(model, dataset, ids, k, exclude_seen, config)
+    tables = recommendations(model, dataset, ids, k, exclude_seen, config)
     write_whole(Path(output), lambda file: WRITERS[suffix](file, tables))
     getLogger().info(f"{k} items for each of {len(ids)} users: {output}")
 
@@ -101,23 +101,17 @@ def user_ids(dataset: LeanSequentialDataset, tokens: list[str], file: str) -> to
 
 
 @torch.no_grad()
-def top_items(
+def recommendations(
     model: nn.Module, dataset: LeanSequentialDataset, users: torch.Tensor, k: int, exclude_seen: bool, config: Any
 ) -> Iterator[pd.DataFrame]:
     """The table of recommend(), some users at a time."""
-    device, chunk = model.item_embedding.weight.device, config["eval_chunk_items"]
     user_tokens, item_tokens = (dataset.field2id_token[field] for field in (dataset.uid_field, dataset.iid_field))
     batches = users.split(config["eval_batch_size"])
     progress = tqdm(batches, ncols=100, desc=set_color("Recommend", "pink"), disable=not config["show_progress"])
     for batch in progress:
         rows = dataset.latest(batch)
-        on_device = rows.to(device)
-        hidden = model.forward(on_device[model.ITEM_SEQ], on_device[model.ITEM_SEQ_LEN])
-        seen = tuple(part.to(device) for part in dataset.seen(rows)) if exclude_seen else None
-        chunk_items = auto_chunk_items(len(batch)) if chunk == "auto" else chunk
-        scores, items = (
-            part.cpu() for part in chunked_topk(hidden, model.item_embedding.weight, k, chunk_items, seen=seen)
-        )
+        seen = dataset.seen(rows) if exclude_seen else None
+        scores, items = (part.cpu() for part in top_items(model, rows, k, config["eval_chunk_items"], seen))
         left = scores > -torch.inf
         row, rank = left.nonzero(as_tuple=True)
         yield pd.DataFrame(

@@ -20,7 +20,7 @@ from recbole_cce import checkpoints
 from recbole_cce.compat import checkpoint_state, share_file_name
 from recbole_cce.cuda_graph import GraphedStep
 from recbole_cce.data import TARGET_COUNT
-from recbole_cce.evaluation import TopK, auto_chunk_items, chunked_topk
+from recbole_cce.evaluation import TopK, top_items
 from recbole_cce.files import remove_parts
 
 # of cuda_graph: auto; a larger step computes for longer than Python takes to launch it
@@ -309,17 +309,8 @@ class EfficientTrainer(Trainer):
         if self.eval_collector.needs_scores():
             return super()._full_sort_batch_eval(batched_data)
         interaction, _, positive_u, positive_i = batched_data
-        on_device = interaction.to(self.device)
-        hidden = self.model.forward(on_device[self.model.ITEM_SEQ], on_device[self.model.ITEM_SEQ_LEN])
-        chunk = self.config["eval_chunk_items"]
         seen = self.evaluated.seen(interaction) if self.config["exclude_seen"] else None
-        _, items = chunked_topk(
-            hidden,
-            self.model.item_embedding.weight,
-            max(self.config["topk"]),
-            auto_chunk_items(len(hidden)) if chunk == "auto" else chunk,
-            seen=seen and tuple(part.to(self.device) for part in seen),
-        )
+        _, items = top_items(self.model, interaction, max(self.config["topk"]), self.config["eval_chunk_items"], seen)
         return interaction, TopK(items), positive_u, positive_i
 
 

@@ -114,8 +114,8 @@ def test_nothing_is_left_of_an_interrupted_file(trained, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    original = recommend.chunked_topk
-    monkeypatch.setattr(recommend, "chunked_topk", interrupted)
+    original = recommend.top_items
+    monkeypatch.setattr(recommend, "top_items", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recommend.recommend(checkpoint, "top.csv", k=3)
     assert Path("top.csv").read_text() == "before"

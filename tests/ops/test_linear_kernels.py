@@ -12,8 +12,9 @@ import torch
 
 from recbole_cce import ops
 from tests.ops import naive
+from tests.ops.compiling import POINTERS, compiled, need_triton
 from tests.ops.problems import check, problem
-from tests.ops.test_sampled_kernels import DTYPES, POINTERS, assert_close, needs_gpu, run_python
+from tests.ops.test_sampled_kernels import DTYPES, assert_close, needs_gpu, run_python
 
 
 def check_kernels(n=300, v=53, d=12, dtype=torch.float32, padding_idx=0, uniform=False, **kwargs):
@@ -181,17 +182,12 @@ VARIANTS = {
 
 def compile_variant(variant, capability, dim, blocks, dtype="bf16", precision="ieee"):
     """One of VARIANTS for a chip that need not be there; skips what an old Triton does not know."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    if "TMA" in variant:
+        need_triton(3, 4)
+    language = pytest.importorskip("triton").language
     from recbole_cce.ops.triton import full_kernels
-    from recbole_cce.ops.triton.sampled_cross_entropy import padded
+    from recbole_cce.ops.triton.launch import padded
 
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if (capability == 100 and version < (3, 3)) or ("TMA" in variant and version < (3, 4)):
-        pytest.skip("needs a newer Triton")
-    language = triton.language
     types = {"bf16": language.bfloat16, "fp16": language.float16, "fp32": language.float32}
     kernel = getattr(full_kernels, f"full_{variant.split(',')[0]}_kernel")
     constants = {
@@ -209,18 +205,11 @@ def compile_variant(variant, capability, dim, blocks, dtype="bf16", precision="i
         "part_ref_ptr": "*fp32", "part_mass_ptr": "*fp32", "part_sum_ptr": "*fp32", "part_ptr": "*fp32",
         "w_desc": desc, "h_desc": desc, "lse_desc": f"tensordesc<fp32[{blocks.stream}]>",
     }  # fmt: skip
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    constexprs = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name in constants}
     aligned = [name for name in kernel.arg_names if name.endswith("_ptr") or name in ("stride_hn", "stride_wn")]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    arguments = (kernel, signature, constexprs, attributes)
-    if version < (3, 3):  # it names constants
-        arguments = (kernel, {a: t for a, t in signature.items() if a not in constants}, constants)
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     if constants.get("GATHER") and blocks.num_stages > 1:
         options["num_stages"] += 2
-    return triton.compile(ASTSource(*arguments), target=GPUTarget("cuda", capability, 32), options=options)
+    return compiled(kernel, capability, constants, pointers, options, aligned)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")

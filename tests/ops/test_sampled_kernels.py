@@ -16,6 +16,7 @@ import torch
 from recbole_cce import ops
 from recbole_cce.ops import negatives
 from tests.ops import naive
+from tests.ops.compiling import POINTERS, compiled, need_triton
 from tests.ops.problems import SEED, Sampling, check, problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,52 +90,18 @@ def test_kernels_in_the_interpreter():
     )
 
 
-POINTERS = {
-    "h_ptr": "*bf16", "w_ptr": "*fp32", "y_ptr": "*i64", "seed_ptr": "*i64", "table_ptr": "*i32", "log_q_ptr": "*fp32",
-    "loss_ptr": "*fp32", "lse_ptr": "*fp32", "slope_ptr": "*fp32", "direction_ptr": "*bf16", "grad_ptr": "*fp32",
-    "unit_ptr": "*fp32", "grad_w_ptr": "*fp32", "row_ptr": "*i64", "out_ptr": "*i32", "order_ptr": "*i32",
-    "start_ptr": "*i32", "end_ptr": "*i32",
-}  # fmt: skip
-
-
-def compile_for(name, capability, pointers=POINTERS, options=None, divisible=(), **constants):
-    """A kernel for a chip that need not be here."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
-
-    kernel = getattr(kernels, f"{name}_kernel")
-    constants = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else pointers.get(argument, "fp32" if argument == "log_k" else "i32")
-        for argument in kernel.arg_names
-    }
-    constexprs = {(i,): constants[a] for i, a in enumerate(kernel.arg_names) if a in constants}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in divisible}
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # it names constants, and knows no sm_100
-        if capability == 100 or divisible:
-            pytest.skip("needs Triton 3.3")
-        constexprs = constants
-        signature = {a: dtype for a, dtype in signature.items() if a not in constexprs}
-        source = ASTSource(kernel, signature, constexprs)
-    else:
-        source = ASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
 @pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
 @pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient", "own_forward", "pair", "run_weight_gradient"])
 def test_kernels_compile(name, capability):
     language = pytest.importorskip("triton").language
+    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
+
     constants = {
         "D": 48, "BD": 64, "BM": 64, "BK": 32, "BP": 16, "BLOCK": 256, "DTYPE": language.bfloat16, "PRECISION": "ieee",
         "POPULARITY": True, "CORRECT": True, "DIRECTION": True, "ATOMIC": True, "MODE": "place", "HALVES": True,
     }  # fmt: skip
-    assert compile_for(name, capability, **constants).asm["cubin"]
+    kernel = getattr(kernels, f"{name}_kernel")
+    assert compiled(kernel, capability, constants, POINTERS | {"log_k": "fp32"}).asm["cubin"]
 
 
 @pytest.mark.parametrize("hidden", ["*bf16", "*fp32"], ids=["bf16", "fp32"])
@@ -142,27 +109,37 @@ def test_kernels_compile(name, capability):
 @pytest.mark.parametrize(("capability", "shared_memory"), [(80, 166912), (90, 232448)], ids=["sm_80", "sm_90"])
 def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden):
     """As they are launched under autocast, whose layer norm leaves hidden states in fp32: what the compiler takes."""
-    language = pytest.importorskip("triton").language
-    from recbole_cce.ops.triton.sampled_cross_entropy import tile_blocks
+    need_triton(3, 3)
+    import triton
 
-    pointers = POINTERS | {"h_ptr": hidden, "direction_ptr": hidden}
+    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
+
+    types = POINTERS | {"h_ptr": hidden, "direction_ptr": hidden, "log_k": "fp32"}
     for name in ("tile_forward", "tile_weight_gradient"):
-        blocks = tile_blocks(128, dim, 2, shared_memory, gradient=name != "tile_forward")
-        compiled = compile_for(
-            name, capability, pointers, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
-            divisible=[*pointers, "stride_hn", "stride_wn"],
-            D=dim, BD=dim, BM=blocks.positions, BK=blocks.negatives, HALVES=blocks.halves, DTYPE=language.bfloat16,
-            PRECISION="ieee", POPULARITY=False, CORRECT=True, DIRECTION=True, ATOMIC=True, stride_hd=1, stride_wd=1,
-            stride_y=1, stride_grad=1, table_ptr=None, log_q_ptr=None, row_ptr=None, unit_ptr=None,
-        )  # fmt: skip
-        assert compiled.metadata.shared <= shared_memory, name
+        blocks = kernels.tile_blocks(128, dim, 2, shared_memory, gradient=name != "tile_forward")
+        constants = {
+            "D": dim, "BD": dim, "BM": blocks.positions, "BK": blocks.negatives, "HALVES": blocks.halves,
+            "DTYPE": triton.language.bfloat16, "PRECISION": "ieee", "POPULARITY": False, "CORRECT": True,
+            "DIRECTION": True, "ATOMIC": True, "stride_hd": 1, "stride_wd": 1, "stride_y": 1, "stride_grad": 1,
+            "table_ptr": None, "log_q_ptr": None, "row_ptr": None, "unit_ptr": None,
+        }  # fmt: skip
+        launched = compiled(
+            getattr(kernels, f"{name}_kernel"),
+            capability,
+            constants,
+            types,
+            {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
+            aligned=[*POINTERS, "stride_hn", "stride_wn"],
+        )
+        assert launched.metadata.shared <= shared_memory, name
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared_memory", [101376, 166912, 232448], ids=["sm_86", "sm_80", "sm_90"])
 def test_blocks_fit_the_chip(itemsize, shared_memory):
     pytest.importorskip("triton")
-    from recbole_cce.ops.triton.sampled_cross_entropy import own_blocks, padded, tile_blocks
+    from recbole_cce.ops.triton.launch import padded
+    from recbole_cce.ops.triton.sampled_cross_entropy import own_blocks, tile_blocks
 
     for dim in (8, 50, 64, 100, 128, 256, 300, 512):
         for depth in (1, 20, 128, 100_000):

@@ -12,11 +12,10 @@ from typing import Any, Optional
 
 import torch
 import triton
-import triton.language as tl
 
 from recbole_cce.ops.triton.full_kernels import full_combine_kernel, full_forward_kernel, full_weight_gradient_kernel
+from recbole_cce.ops.triton.launch import matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
-from recbole_cce.ops.triton.sampled_cross_entropy import padded, precision, shared_memory
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -392,12 +391,6 @@ def common_options(
         "y_ptr": target,
         "order_ptr": order,
         "bound_ptr": bounds,
-        "stride_hn": hidden.stride(0),
-        "stride_hd": hidden.stride(1),
-        "stride_wn": table.stride(0),
-        "stride_wd": table.stride(1),
         "stride_y": target.stride(0),
-        "D": hidden.size(1),
-        "BD": padded(hidden.size(1)),
-        "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+        **matrix_options(hidden, table, dtype),
     }

@@ -4,17 +4,16 @@ The forward pass also computes the direction of the gradient of each hidden stat
 other positions, so the backward pass only scales it, and never gathers the negatives' vectors for it.
 """
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
 import triton
-import triton.language as tl
 
 from recbole_cce.ops.negatives import Popularity, num_groups
 from recbole_cce.ops.reference.sampled_cross_entropy import Draws
+from recbole_cce.ops.triton.launch import matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, run_weight_gradient_kernel
 from recbole_cce.ops.triton.tile_kernels import tile_forward_kernel, tile_weight_gradient_kernel
@@ -68,24 +67,6 @@ def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradien
         positions, negatives, stages = 32, 16, 1
     # halves save registers; chips before Hopper, where they would cost some, have too little memory for these blocks
     return Blocks(min(positions, padded(depth)), negatives, 8, stages, (width, negatives, stages) == (256, 64, 3))
-
-
-def padded(size: int) -> int:
-    """The next power of two, 16 at least: what blocks and products take."""
-    return max(16, triton.next_power_of_2(size))
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have."""
-    if device.type != "cuda":
-        return 2**17  # the interpreter
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-def precision() -> str:
-    """Products of fp32 inputs are exact in fp32 unless torch's matmul precision allows tf32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def sampled_cross_entropy(
@@ -361,13 +342,7 @@ def common_options(
         "num_items": num_items,
         "padding_idx": NO_PADDING if padding_idx is None else padding_idx,
         "log_k": math.log2(num_negatives) - (0 if popularity else math.log2(num_items)),
-        "stride_hn": input.stride(0),
-        "stride_hd": input.stride(1),
-        "stride_wn": weight.stride(0),
-        "stride_wd": weight.stride(1),
-        "D": weight.size(1),
-        "BD": padded(weight.size(1)),
-        "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+        **matrix_options(input, weight, dtype),
         "POPULARITY": popularity,
         "CORRECT": logq_correction,
     }

@@ -1,0 +1,43 @@
+"""What every launch of a kernel needs to know: the chip's shared memory, precision of products, shapes of matrices."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def padded(size: int) -> int:
+    """The next power of two, 16 at least: what blocks and products take."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have."""
+    if device.type != "cuda":
+        return 2**17  # the interpreter
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def precision() -> str:
+    """Products of fp32 inputs are exact in fp32 unless torch's matmul precision allows tf32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def matrix_options(hidden: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of the kernels that say how hidden states and table lie in memory, and what products are of."""
+    return {
+        "stride_hn": hidden.stride(0),
+        "stride_hd": hidden.stride(1),
+        "stride_wn": table.stride(0),
+        "stride_wd": table.stride(1),
+        "D": table.size(1),
+        "BD": padded(table.size(1)),
+        "DTYPE": DTYPES[dtype],
+    }

@@ -5,6 +5,7 @@ Each run is a process of its own (trial.py); tables, figures and the page are ma
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import itertools
@@ -16,8 +17,9 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -337,8 +339,9 @@ def execute(trials: list[Trial], total: int, parallel: int, end: float, metric: 
                 Path(one.folder).mkdir(parents=True)
                 one.save(asdict(one) | {"state": "unfinished", "parallel": parallel, "curve": []})
                 process = spawn.Process(target=run, args=(one, stop_at, parallel))
-                process.start()
-                running[process.sentinel] = one, process
+                with interrupts_held():
+                    process.start()
+                    running[process.sentinel] = one, process
             left = end - TABLE_SECONDS - time.time()
             ended = connection.wait(list(running), None if left == math.inf else max(0, left))
             if not ended:
@@ -353,6 +356,28 @@ def execute(trials: list[Trial], total: int, parallel: int, end: float, metric: 
         for _, process in running.values():
             process.kill()
             process.join()
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the end, and for good from processes started meanwhile.
+
+    One that is not known yet could not be ended. A terminal interrupts all processes; the command ends its runs itself.
+    """
+    held = []
+    handler = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows; what is started inherits the mask
+    if masks:
+        resource_tracker.ensure_running()  # or it would start with the first process and clear the mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if masks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def close(trial: Trial, exitcode: int) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def start(folder, script, *flags):
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
@@ -607,7 +608,7 @@ def test_an_interrupted_command_ends_its_runs(folder):
     while not list(folder.glob("study/runs/*/result.json")):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: all processes are interrupted
     assert process.wait() == 130
     assert "interrupted; the same command goes on where it stopped" in (folder / "printed.txt").read_text()
     assert "Traceback" not in (folder / "printed.txt").read_text()

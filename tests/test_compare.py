@@ -62,12 +62,12 @@ if __name__ == "__main__":
 
 
 def start(folder, script, *flags):
-    root = str(Path(recbole_cce.__file__).parent.parent)
+    path = os.pathsep.join([str(Path(recbole_cce.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     with open(folder / "printed.txt", "w") as printed:
         return subprocess.Popen(
             [sys.executable, str(script), "compare", *flags],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.STDOUT,

@@ -63,14 +63,19 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: {value!r} is not valid; it takes an integer >= 1")
 
 
-def reduce(loss: torch.Tensor, counted: torch.Tensor, reduction: str) -> torch.Tensor:
-    """[N] losses, zero where not `counted` -> their mean over the counted rows (0 if there are none), sum, or [N]."""
+def reduce(loss: torch.Tensor, number: torch.Tensor, reduction: str) -> torch.Tensor:
+    """[N] losses, zero where not counted -> their mean over the `number` of counted rows, their sum, or [N]."""
     if reduction == "none":
         return loss
     total = loss.sum()
-    return total if reduction == "sum" else total / counted.sum().clamp(min=1)
+    return total if reduction == "sum" else total / number
 
 
 def counted(target: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
     """[N] bool: the rows that have a target."""
     return torch.ones_like(target, dtype=torch.bool) if padding_idx is None else target != padding_idx
+
+
+def number(counted: torch.Tensor) -> torch.Tensor:
+    """How many rows a mean is over: the counted ones, at least 1, so that it is 0 where there are none."""
+    return counted.sum().clamp(min=1)

@@ -55,4 +55,4 @@ def linear_cross_entropy(
         loss = kernels.linear_cross_entropy(input, weight, target, padding_idx, rounding)
     else:
         loss = reference.linear_cross_entropy(input, weight, target, padding_idx)
-    return checks.reduce(loss, checks.counted(target, padding_idx), reduction)
+    return checks.reduce(loss, checks.number(checks.counted(target, padding_idx)), reduction)

@@ -53,7 +53,7 @@ def sampled_binary_cross_entropy(
         raise ValueError(f"positive_weight: {positive_weight!r} is not valid; it takes a finite number >= 0")
     backends.choose("sampled_binary_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
     loss = reference.sampled_binary_cross_entropy(input, weight, target, draws, positive_weight)
-    return checks.reduce(loss, checks.counted(target, padding_idx), reduction)
+    return checks.reduce(loss, checks.number(checks.counted(target, padding_idx)), reduction)
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:

@@ -62,14 +62,15 @@ def sampled_cross_entropy(
     checks.check_inputs(input, weight, target, padding_idx, reduction)
     draws = make_draws(input, weight, num_negatives, sampler, sharing, logq_correction, seed, padding_idx)
     dtypes = (input.dtype, weight.dtype, draws.rounding)
+    number = checks.number(checks.counted(target, padding_idx))
     chosen = backends.choose("sampled_cross_entropy", backend, input.device, dtypes, input.size(1))
     if chosen == "triton":
         from recbole_cce.ops.triton import sampled_cross_entropy as kernels  # triton may be missing elsewhere
 
-        loss = kernels.sampled_cross_entropy(input, weight, target, draws)
+        loss = kernels.sampled_cross_entropy(input, weight, target, draws, number if reduction == "mean" else None)
     else:
         loss = reference.sampled_cross_entropy(input, weight, target, draws)
-    return checks.reduce(loss, checks.counted(target, padding_idx), reduction)
+    return checks.reduce(loss, number, reduction)
 
 
 def make_draws(

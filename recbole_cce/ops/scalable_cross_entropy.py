@@ -87,5 +87,5 @@ def scalable_cross_entropy(
         generator,
     )
     loss, covered = reference.bucket_cross_entropy(input, weight, target, rows[positions], items)
-    loss = checks.reduce(loss, covered, reduction)
+    loss = checks.reduce(loss, checks.number(covered), reduction)
     return (loss, covered) if return_coverage else loss

@@ -42,6 +42,15 @@ def check_kernels(
     )
 
 
+def check_reductions(sharing, n, device="cpu"):
+    """Each reduction against torch, with upstream gradients that are what a mean expects, and that are not."""
+    args = problem(n=n, device=device)
+    for reduction in ("mean", "sum", "none"):
+        for factor in (1.0, 3.0, torch.rand(n, device=device) if reduction == "none" else 0.0):
+            options = {"sharing": sharing, "reduction": reduction, "factor": factor}
+            assert_close(gradients(*args, **options), gradients(*args, **options, backend="torch"))
+
+
 # Without a GPU
 
 
@@ -68,7 +77,7 @@ def test_kernels_in_the_interpreter():
     run_python(
         """
         import torch
-        from tests.ops.test_sampled_kernels import check_kernels
+        from tests.ops.test_sampled_kernels import check_kernels, check_reductions
 
         for sharing in ("tile", "none", "batch"):
             n = 20 if sharing == "none" else 150
@@ -78,6 +87,7 @@ def test_kernels_in_the_interpreter():
             torch.use_deterministic_algorithms(True)
             check_kernels(n=n, sharing=sharing, popularity=True)
             torch.use_deterministic_algorithms(False)
+            check_reductions(sharing, n)
 
         # its products of bf16 are wrong numbers: refused, also where autocast rounds to it
         import pytest
@@ -91,7 +101,9 @@ def test_kernels_in_the_interpreter():
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
-@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient", "own_forward", "pair", "run_weight_gradient"])
+@pytest.mark.parametrize(
+    "name", ["tile_forward", "tile_weight_gradient", "own_forward", "pair", "row_weight_gradient", "scale"]
+)
 def test_kernels_compile(name, capability):
     language = pytest.importorskip("triton").language
     from recbole_cce.ops.triton import sampled_cross_entropy as kernels
@@ -99,6 +111,7 @@ def test_kernels_compile(name, capability):
     constants = {
         "D": 48, "BD": 64, "BM": 64, "BK": 32, "BP": 16, "BLOCK": 256, "DTYPE": language.bfloat16, "PRECISION": "ieee",
         "POPULARITY": True, "CORRECT": True, "DIRECTION": True, "ATOMIC": True, "MODE": "place", "HALVES": True,
+        "DRAWS": True, "ADD": True, "UNIFORM": True,
     }  # fmt: skip
     kernel = getattr(kernels, f"{name}_kernel")
     assert compiled(kernel, capability, constants, POINTERS | {"log_k": "fp32"}).asm["cubin"]
@@ -210,11 +223,11 @@ def call(hidden, weight, target, **kwargs):
     return ops.sampled_cross_entropy(hidden, weight, target, **options)
 
 
-def gradients(*args, **kwargs):
+def gradients(*args, factor=1.0, **kwargs):
     hidden, weight, target = args
     hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     loss = call(hidden, weight, target, **kwargs)
-    loss.sum().backward()
+    (factor * loss).sum().backward()
     return loss.detach(), hidden.grad, weight.grad
 
 
@@ -225,13 +238,8 @@ def assert_close(ours, truth, tolerance=2e-6):
 
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_reductions(sharing, reduction):
-    args = problem(n=400, device="cuda")
-    assert_close(
-        gradients(*args, sharing=sharing, reduction=reduction),
-        gradients(*args, sharing=sharing, reduction=reduction, backend="torch"),
-    )
+def test_reductions(sharing):
+    check_reductions(sharing, n=400, device="cuda")
 
 
 @needs_gpu

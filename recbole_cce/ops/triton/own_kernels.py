@@ -19,6 +19,7 @@ def own_forward_kernel(
     lse_ptr,
     slope_ptr,
     direction_ptr,
+    unit_ptr,
     num_negatives,
     num_items,
     padding_idx,
@@ -76,6 +77,8 @@ def own_forward_kernel(
     if DIRECTION:
         b_target = tl.load(p_target, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
         b_d = tl.sum(b_sum, 0) / total + slope * b_target
+        if unit_ptr is not None:
+            b_d *= tl.load(unit_ptr)
         tl.store(direction_ptr + i_n * D + o_d, b_d, mask=m_d)
 
 
@@ -98,9 +101,10 @@ def pair_kernel(
 ):
     """The pairs (position, row) of positions first..last-1: K draws each, then the target as pair K.
 
-    MODE "count": out[row] += 1. MODE "place": out[row] is the next free slot of the row, order[slot] gets the
-    position, counted from `first`, or its complement for the target. MODE "rows": out[pair] = row, or the number of
-    rows of the table for a pair that counts for nothing: of an ignored position, or a draw of its target.
+    MODE "count": out[row] += 1. MODE "place": the slots of a row end before out[row], which goes down by 1 as
+    order[slot] gets the position, counted from `first`, or its complement for the target. MODE "rows": out[pair] = row,
+    or the number of rows of the table for a pair that counts for nothing: of an ignored position, or a draw of its
+    target.
     """
     o_pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_i = o_pair // (num_negatives + 1)
@@ -116,7 +120,7 @@ def pair_kernel(
     if MODE == "count":
         tl.atomic_add(out_ptr + b_row, 1, mask=m_pair, sem="relaxed")
     elif MODE == "place":
-        o_slot = tl.atomic_add(out_ptr + b_row, 1, mask=m_pair, sem="relaxed")
+        o_slot = tl.atomic_add(out_ptr + b_row, -1, mask=m_pair, sem="relaxed") - 1
         b_i = o_i.to(tl.int32)
         tl.store(order_ptr + o_slot, tl.where(m_own, ~b_i, b_i), mask=m_pair)
     else:
@@ -125,7 +129,7 @@ def pair_kernel(
 
 
 @triton.jit
-def run_weight_gradient_kernel(
+def row_weight_gradient_kernel(
     grad_ptr,
     h_ptr,
     w_ptr,
@@ -134,7 +138,6 @@ def run_weight_gradient_kernel(
     slope_ptr,
     order_ptr,
     start_ptr,
-    end_ptr,
     grad_w_ptr,
     first,
     padding_idx,
@@ -150,16 +153,24 @@ def run_weight_gradient_kernel(
     DTYPE: tl.constexpr,
     POPULARITY: tl.constexpr,
     CORRECT: tl.constexpr,
+    DRAWS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """One program: what the positions that a row of the table is paired with give to it, without atomics."""
+    """One program: what the positions that a row of the table is paired with give to it, without atomics.
+
+    order[start[row] : start[row + 1]]: the positions, counted from `first`, or their complements where the row is their
+    target. Without DRAWS it always is. ADD to what grad_w holds, or write it, zeros too.
+    """
     i_row = tl.program_id(0)
     start = tl.load(start_ptr + i_row)
-    end = tl.load(end_ptr + i_row)
+    end = tl.load(start_ptr + i_row + 1)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    p_dw = grad_w_ptr + i_row.to(tl.int64) * D + o_d
     if start < end:
-        o_d = tl.arange(0, BD)
-        m_d = o_d < D
-        p_w = w_ptr + i_row.to(tl.int64) * stride_wn + o_d * stride_wd
-        b_w = tl.load(p_w, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+        if DRAWS:
+            p_w = w_ptr + i_row.to(tl.int64) * stride_wn + o_d * stride_wd
+            b_w = tl.load(p_w, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
         b_sum = tl.zeros([BP, BD], tl.float32)
         for i_p in range(start, end, BP):
             o_p = i_p + tl.arange(0, BP)
@@ -168,14 +179,43 @@ def run_weight_gradient_kernel(
             m_own = b_i < 0
             o_n = first + tl.where(m_own, ~b_i, b_i).to(tl.int64)
             b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_p, o_d, D, DTYPE).to(tl.float32)
-            b_s = tl.sum(b_h * b_w[None, :], 1) * LOG2_E
-            if CORRECT:
-                b_s -= log_k_q(log_q_ptr, tl.zeros([BP], tl.int32) + i_row, log_k, padding_idx, POPULARITY)
-            b_lse = tl.load(lse_ptr + o_n, mask=m_p, other=0.0)
-            b_slope = tl.load(slope_ptr + o_n, mask=m_p, other=0.0)
+            b_c = tl.load(slope_ptr + o_n, mask=m_p, other=0.0)
+            if DRAWS:
+                b_s = tl.sum(b_h * b_w[None, :], 1) * LOG2_E
+                if CORRECT:
+                    b_s -= log_k_q(log_q_ptr, tl.zeros([BP], tl.int32) + i_row, log_k, padding_idx, POPULARITY)
+                b_lse = tl.load(lse_ptr + o_n, mask=m_p, other=0.0)
+                b_c = tl.where(m_own, b_c, tl.exp2(b_s - b_lse))
             b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_p, other=0.0).to(tl.float32)
-            b_c = tl.where(m_p, tl.where(m_own, b_slope, tl.exp2(b_s - b_lse)) * b_g, 0.0)
-            b_sum += b_c[:, None] * b_h
-        p_dw = grad_w_ptr + i_row.to(tl.int64) * D + o_d
-        b_dw = tl.load(p_dw, mask=m_d, other=0.0) + tl.sum(b_sum, 0)
+            b_sum += tl.where(m_p, b_c * b_g, 0.0)[:, None] * b_h
+        b_dw = tl.sum(b_sum, 0)
+        if ADD:
+            b_dw += tl.load(p_dw, mask=m_d, other=0.0)
         tl.store(p_dw, b_dw, mask=m_d)
+    else:
+        if not ADD:
+            tl.store(p_dw, tl.zeros([BD], tl.float32), mask=m_d)
+
+
+@triton.jit
+def scale_kernel(
+    direction_ptr,
+    grad_ptr,
+    unit_ptr,
+    numbers,
+    stride_grad,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """One program: multiply BLOCK of the `numbers` in direction [N, D] by grad [N] / unit.
+
+    UNIFORM: all of `grad` is one number. If that is the unit already, which only the device knows, nothing is touched.
+    """
+    unit = tl.load(unit_ptr) if unit_ptr is not None else 1.0
+    grad = tl.load(grad_ptr)
+    if (grad != unit) | (not UNIFORM):
+        o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b_g = tl.load(grad_ptr + o // D * stride_grad, mask=o < numbers, other=0.0).to(tl.float32) / unit
+        b_d = tl.load(direction_ptr + o, mask=o < numbers, other=0.0).to(tl.float32)
+        tl.store(direction_ptr + o, b_d * b_g, mask=o < numbers)

@@ -1,7 +1,8 @@
 """CCE-: what launches the kernels, as custom ops with gradients.
 
 The forward pass also computes the direction of the gradient of each hidden state: d loss_i / d h_i does not depend on
-other positions, so the backward pass only scales it, and never gathers the negatives' vectors for it.
+other positions, so the backward pass only scales it, and never gathers the negatives' vectors for it. For a mean, whose
+upstream gradient is 1 / rows more often than not, the direction is kept in this unit, and nothing is left to be scaled.
 """
 
 import math
@@ -15,7 +16,7 @@ from recbole_cce.ops.negatives import Popularity, num_groups
 from recbole_cce.ops.reference.sampled_cross_entropy import Draws
 from recbole_cce.ops.triton.launch import matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
-from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, run_weight_gradient_kernel
+from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel, scale_kernel
 from recbole_cce.ops.triton.tile_kernels import tile_forward_kernel, tile_weight_gradient_kernel
 
 BUFFER_ELEMENTS = 2**23  # fp32 numbers that the deterministic path holds at a time
@@ -70,13 +71,15 @@ def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradien
 
 
 def sampled_cross_entropy(
-    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws
+    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws, number: torch.Tensor | None
 ) -> torch.Tensor:
-    """[N] losses, zero where target == padding_idx; see ops.sampled_cross_entropy."""
+    """[N] losses, zero where target == padding_idx; see ops.sampled_cross_entropy. `number`: of rows of a mean."""
     seed = draws.seed
     if not isinstance(seed, torch.Tensor):
         seed = torch.full((), seed, dtype=torch.int64, device=input.device)
     popularity = isinstance(draws.sampler, Popularity)
+    # fp16 could not hold a direction in units of 1 / rows
+    unit = None if number is None or input.dtype == torch.float16 else 1.0 / number
     return forward(
         input,
         weight,
@@ -84,6 +87,7 @@ def sampled_cross_entropy(
         seed,
         draws.sampler.table if popularity else None,
         draws.sampler.log_probability if popularity else None,
+        unit,
         draws.num_negatives,
         draws.sharing,
         draws.logq_correction,
@@ -101,6 +105,7 @@ def forward(
     seed: torch.Tensor,
     table: Optional[torch.Tensor],
     log_probability: Optional[torch.Tensor],
+    unit: Optional[torch.Tensor],
     num_negatives: int,
     sharing: str,
     logq_correction: bool,
@@ -108,7 +113,8 @@ def forward(
     dtype: torch.dtype,
     with_direction: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [N]; log-sum-exp [N]; slope [N] = d loss / d own logit; direction [N, D] = d loss_i / d input_i, or [0]."""
+    """loss [N]; log-sum-exp [N]; slope [N] = d loss / d own logit; direction [N, D] = d loss_i / d input_i
+    times `unit`, or [0]."""
     n, dim = input.shape
     loss, lse, slope = (torch.empty(n, dtype=torch.float32, device=input.device) for _ in range(3))
     direction = torch.empty(input.shape if with_direction else 0, dtype=input.dtype, device=input.device)
@@ -124,6 +130,7 @@ def forward(
         "lse_ptr": lse,
         "slope_ptr": slope,
         "direction_ptr": direction,
+        "unit_ptr": unit,
         "num_negatives": num_negatives,
         "stride_y": target.stride(0),
         "DIRECTION": with_direction,
@@ -146,6 +153,7 @@ def _(
     seed: torch.Tensor,
     table: torch.Tensor | None,
     log_probability: torch.Tensor | None,
+    unit: torch.Tensor | None,
     num_negatives: int,
     sharing: str,
     logq_correction: bool,
@@ -176,43 +184,32 @@ def weight_gradient(
 ) -> torch.Tensor:
     """d loss / d weight [V+1, D], given `grad` [N] = d loss / d loss_i."""
     n, dim = input.shape
-    # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
-    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     if n == 0:
-        return grad_weight.to(weight.dtype)
+        return torch.zeros_like(weight)
+    # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
+    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    drawing = {
-        "y_ptr": target,
-        "seed_ptr": seed,
-        "table_ptr": table,
-        "num_negatives": num_negatives,
-        "stride_y": target.stride(0),
-    }
+    drawing = {"y_ptr": target, "seed_ptr": seed, "table_ptr": table, "stride_y": target.stride(0)}
     common = {
         "grad_ptr": grad,
         "h_ptr": input,
         "w_ptr": weight,
         "lse_ptr": lse,
-        "slope_ptr": slope,
         "stride_grad": grad.stride(0),
         **common_options(input, weight, log_probability, num_negatives, logq_correction, padding_idx, dtype),
     }
-    if sharing == "none":
-        own_weight_gradient(grad_weight, n, drawing, common, deterministic)
-    else:
+    own_draws = num_negatives if sharing == "none" else 0
+    row_weight_gradient(grad_weight, slope, own_draws, drawing, common, deterministic)
+    if sharing != "none":
         options, programs = tile_options(n, dim, sharing, dtype, input.device, gradient=True)
         unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if dtype == torch.float16 else None
-        options |= {"unit_ptr": unit, **drawing, **common}
+        options |= {"unit_ptr": unit, "num_negatives": num_negatives, **drawing, **common}
         if not deterministic:
             tile_weight_gradient_kernel[(programs,)](
                 **options, grad_w_ptr=grad_weight, row_ptr=None, first_program=0, ATOMIC=True
             )
         else:
             tile_weight_gradient_in_order(grad_weight, programs, options)
-            own_slope = (slope * grad)[:, None]
-            for rows in torch.arange(n, device=input.device).split(max(1, BUFFER_ELEMENTS // dim)):
-                shares = own_slope[rows] * input[rows].to(dtype).float()
-                grad_weight.index_put_((target[rows],), shares, accumulate=True)
     return grad_weight.to(weight.dtype)
 
 
@@ -230,53 +227,76 @@ def tile_weight_gradient_in_order(grad_weight: torch.Tensor, programs: int, opti
         grad_weight.index_put_((rows,), shares, accumulate=True)
 
 
-def own_weight_gradient(
-    grad_weight: torch.Tensor, n: int, drawing: dict[str, Any], common: dict[str, Any], deterministic: bool
+def row_weight_gradient(
+    grad_weight: torch.Tensor,
+    slope: torch.Tensor,
+    num_negatives: int,
+    drawing: dict[str, Any],
+    common: dict[str, Any],
+    deterministic: bool,
 ) -> None:
-    """Sort the pairs of position and row by row, some positions at a time, and let one program sum up each row.
+    """Write what each row gets from the positions whose target it is, and from those that drew it for themselves alone.
 
-    Atomics on [V+1, D] would cost several times as much: a row comes up K N / V times, each time in another place.
+    The pairs of position and row are sorted by row, some positions at a time, and one program sums up each row. Atomics
+    on [V+1, D] would cost several times as much: a row comes up K N / V times, each time in another place.
+
+    Args:
+        num_negatives: K, or 0 where draws are shared, which are not counted here.
     """
     num_rows, dim = grad_weight.shape
-    num_negatives = drawing["num_negatives"]
-    drawing |= {name: common[name] for name in ("num_items", "padding_idx", "POPULARITY")}
+    drawing = drawing | {name: common[name] for name in ("num_items", "padding_idx", "POPULARITY")}
     options = {name: value for name, value in common.items() if name != "num_items"}
-    block, num_warps = run_blocks(dim)
+    block, num_warps = row_blocks(dim, num_negatives > 0)
     # enough for long runs, while the hidden states of these positions stay in the L2 cache
     pairs = min(max(16 * num_rows, 2**22), 2**25)
     step = max(1, pairs // (num_negatives + 1))
-    for first in range(0, n, step):
-        last = min(n, first + step)
+    for first in range(0, len(slope), step):
+        last = min(len(slope), first + step)
         pairs = (last - first) * (num_negatives + 1)
-        drawing |= {"first": first, "last": last, "BLOCK": 1024}
+        drawing |= {"num_negatives": num_negatives, "first": first, "last": last, "BLOCK": 1024}
         programs = (triton.cdiv(pairs, 1024),)
         order = torch.empty(pairs, dtype=torch.int32, device=grad_weight.device)
         if deterministic:
             rows = torch.empty_like(order)
             pair_kernel[programs](**drawing, out_ptr=rows, order_ptr=None, MODE="rows")
             rows, index = rows.sort(stable=True)
-            bounds = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
-            bounds = torch.searchsorted(rows, bounds, out_int32=True)
-            start, end = bounds[:-1], bounds[1:]
+            start = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
+            start = torch.searchsorted(rows, start, out_int32=True)
             position = index // (num_negatives + 1)
             order = torch.where(index % (num_negatives + 1) == num_negatives, ~position, position).int()
         else:
-            count = torch.zeros(num_rows, dtype=torch.int32, device=order.device)
-            pair_kernel[programs](**drawing, out_ptr=count, order_ptr=None, MODE="count")
-            end = count.cumsum(0, dtype=torch.int32)
-            start = end - count
-            free = start.clone()
-            pair_kernel[programs](**drawing, out_ptr=free, order_ptr=order, MODE="place")
-        run_weight_gradient_kernel[(num_rows,)](
+            start = torch.zeros(num_rows + 1, dtype=torch.int32, device=order.device)
+            pair_kernel[programs](**drawing, out_ptr=start, order_ptr=None, MODE="count")
+            start.cumsum_(0)  # where each row ends; placing the pairs turns that into where it starts
+            pair_kernel[programs](**drawing, out_ptr=start, order_ptr=order, MODE="place")
+        row_weight_gradient_kernel[(num_rows,)](
             **options,
+            slope_ptr=slope,
             order_ptr=order,
             start_ptr=start,
-            end_ptr=end,
             grad_w_ptr=grad_weight,
             first=first,
             BP=block,
+            DRAWS=num_negatives > 0,
+            ADD=first > 0,
             num_warps=num_warps,
         )
+
+
+def scale(direction: torch.Tensor, grad: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+    """`direction` times grad [N] / unit, in its own memory."""
+    if direction.numel() > 0:
+        scale_kernel[(triton.cdiv(direction.numel(), 4096),)](
+            direction_ptr=direction,
+            grad_ptr=grad,
+            unit_ptr=unit,
+            numbers=direction.numel(),
+            stride_grad=grad.stride(0),
+            D=direction.size(1),
+            BLOCK=4096,
+            UNIFORM=grad.stride(0) == 0 or len(grad) == 1,
+        )
+    return direction
 
 
 @weight_gradient.register_fake
@@ -310,16 +330,16 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     """Scale the directions; sum up the rows of the table."""
-    *tensors, lse, slope = ctx.saved_tensors
+    *tensors, unit, lse, slope = ctx.saved_tensors
     options = (ctx.num_negatives, ctx.sharing, ctx.logq_correction, ctx.padding_idx, ctx.dtype)
     grad_input = grad_weight = None
     if ctx.needs_input_grad[0]:
         if ctx.direction is None:  # a second backward pass through the same graph
-            ctx.direction = forward(*tensors, *options, True)[3]
-        grad_input, ctx.direction = ctx.direction.mul_(grad[:, None]), None
+            ctx.direction = forward(*tensors, unit, *options, True)[3]
+        grad_input, ctx.direction = scale(ctx.direction, grad, unit), None
     if ctx.needs_input_grad[1]:
         grad_weight = weight_gradient(grad, *tensors, lse, slope, *options)
-    return grad_input, grad_weight, *[None] * 10
+    return grad_input, grad_weight, *[None] * 11
 
 
 forward.register_autograd(backward, setup_context=setup_context)
@@ -376,6 +396,6 @@ def own_blocks(dim: int) -> tuple[int, int]:
     return draws, max(1, draws * width // 1024)
 
 
-def run_blocks(dim: int) -> tuple[int, int]:
-    """Positions at a time and warps of the kernel that sums up a row of the table."""
-    return 16, max(1, padded(dim) // 128)
+def row_blocks(dim: int, draws: bool) -> tuple[int, int]:
+    """Positions at a time and warps of the kernel that sums up a row of the table; without draws it has few of them."""
+    return 16 if draws else 4, max(1, padded(dim) // 128)

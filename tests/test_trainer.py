@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from recbole_cce import ops
 from recbole_cce.trainer import autocast_dtype
 from tests.build import experiment
 from tests.conftest import write_inter
@@ -48,6 +50,42 @@ def state(run):
         "scaler": torch.tensor([*run.trainer.scaler.state_dict().values()]),
     }
     return found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_exact_loss_follows_recboles_curve(tiny_config, tiny, device, monkeypatch):
+    """RecBole's SASRec and ours with CCE, of the last item alone and with the padding row as a candidate."""
+    file = tiny / "tiny" / "tiny.inter"
+    header, *rows = file.read_text().splitlines()
+    rows = sorted((row.split("\t") for row in rows), key=lambda row: int(row[2]))
+    # times that RecBole's float32 holds, or it would have another order of rows
+    write_inter(tiny, "tiny", header, [(user, item, rank) for rank, (user, item, _) in enumerate(rows)])
+    settings = {
+        **tiny_config,
+        "epochs": 6,
+        "learning_rate": 0.01,
+        "use_gpu": device == "cuda",
+        "gpu_id": "0" if device == "cuda" else "",
+    }
+    stock = experiment("SASRec", settings)
+    stock_valid = fit(stock)
+    monkeypatch.setattr(ops, "linear_cross_entropy", partial(ops.linear_cross_entropy, padding_idx=None))
+    ours = experiment(
+        "SASRecCCE",
+        {
+            **settings,
+            "loss_type": "CCE",
+            "loss_backend": "triton" if device == "cuda" else "torch",
+            "train_targets": "last",
+            "attention": "recbole",
+            "attn_dropout_prob": 0.5,  # RecBole's, as all others are
+            "amp_dtype": "float32",
+            "cuda_graph": False,
+        },
+    )
+    assert fit(ours) == stock_valid
+    curve = list(ours.trainer.train_loss_dict.values())
+    assert curve == pytest.approx(list(stock.trainer.train_loss_dict.values()), rel=1e-6)
 
 
 def assert_same(one, two):

@@ -111,7 +111,7 @@ def test_kernels_compile(name, capability):
     constants = {
         "D": 48, "BD": 64, "BM": 64, "BK": 32, "BP": 16, "BLOCK": 256, "DTYPE": language.bfloat16, "PRECISION": "ieee",
         "POPULARITY": True, "CORRECT": True, "DIRECTION": True, "ATOMIC": True, "MODE": "place", "HALVES": True,
-        "DRAWS": True, "ADD": True, "UNIFORM": True,
+        "ADD": True, "UNIFORM": True,
     }  # fmt: skip
     kernel = getattr(kernels, f"{name}_kernel")
     assert compiled(kernel, capability, constants, POINTERS | {"log_k": "fp32"}).asm["cubin"]

@@ -68,6 +68,7 @@ def sweep(
     """
     o_d = tl.arange(0, BD)
     b_mass = tl.zeros([BM], tl.float32)
+    b_off = tl.zeros([BM], tl.float32)
     b_sum = tl.zeros([BM, BD], tl.float32)
     for start in range(first, last, BV):
         o_v = start + tl.arange(0, BV)
@@ -86,11 +87,16 @@ def sweep(
             b_new = tl.maximum(b_ref, tl.max(b_s, 1) * LOG2_E - UP)
             b_scale = tl.exp2(b_ref - b_new)
             b_mass *= b_scale
+            b_off *= b_scale
             if DIRECTION:
                 b_sum *= b_scale[:, None]
             b_ref = b_new
         b_p = tl.exp2(b_s * LOG2_E - b_ref[:, None])
-        b_mass += tl.sum(b_p, 1)
+        # with what the last sum rounded off, or the error of a flat softmax would grow with the number of blocks
+        b_add = tl.sum(b_p, 1) - b_off
+        b_next = b_mass + b_add
+        b_off = (b_next - b_mass) - b_add
+        b_mass = b_next
         if DIRECTION:
             b_sum = add_product(b_sum, b_p, b_w, DTYPE, PRECISION)
     return b_ref, b_mass, b_sum

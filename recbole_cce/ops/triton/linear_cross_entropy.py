@@ -97,10 +97,16 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def descriptor(matrix: torch.Tensor, rows: int) -> Any:
+def descriptor(matrix: torch.Tensor, rows: int, dtype: torch.dtype) -> Any:
     """What the chip needs to fetch blocks of so many whole rows by itself; None if it cannot: before Hopper, or where
-    rows are not aligned. Rows past the end are zero."""
-    if TensorDescriptor is None or matrix.itemsize != 2 or matrix.stride(1) != 1 or matrix.stride(0) * 2 % 16:
+    rows are not aligned or have another dtype than the products. Rows past the end are zero."""
+    if (
+        TensorDescriptor is None
+        or matrix.dtype != dtype
+        or dtype.itemsize != 2
+        or matrix.stride(1) != 1
+        or matrix.stride(0) * 2 % 16
+    ):
         return None
     if matrix.device.type != "cuda" or torch.cuda.get_device_capability(matrix.device) < (9, 0):
         return None
@@ -177,7 +183,7 @@ def forward(
         "DIRECTION": with_direction,
         **common_options(hidden, table, target, order, bounds, dtype),
     }
-    desc = descriptor(table, blocks.stream)
+    desc = descriptor(table, blocks.stream, dtype)
     launch = functools.partial(
         full_forward_kernel[(programs, splits)],
         **options,
@@ -255,7 +261,7 @@ def weight_gradient(
     desc = lse_desc = None
     if not gather:
         hidden = hidden.index_select(0, order)
-        desc = descriptor(hidden, blocks.stream)
+        desc = descriptor(hidden, blocks.stream, dtype)
         lse_desc = None if desc is None else TensorDescriptor(lse, list(lse.shape), [1], [blocks.stream])
     grad_weight = torch.empty(table.shape, dtype=weight_dtype if splits == 1 else torch.float32, device=table.device)
     parts = None

@@ -153,13 +153,12 @@ def row_weight_gradient_kernel(
     DTYPE: tl.constexpr,
     POPULARITY: tl.constexpr,
     CORRECT: tl.constexpr,
-    DRAWS: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """One program: what the positions that a row of the table is paired with give to it, without atomics.
 
     order[start[row] : start[row + 1]]: the positions, counted from `first`, or their complements where the row is their
-    target. Without DRAWS it always is. ADD to what grad_w holds, or write it, zeros too.
+    target. ADD to what grad_w holds, or write it, zeros too.
     """
     i_row = tl.program_id(0)
     start = tl.load(start_ptr + i_row)
@@ -168,9 +167,8 @@ def row_weight_gradient_kernel(
     m_d = o_d < D
     p_dw = grad_w_ptr + i_row.to(tl.int64) * D + o_d
     if start < end:
-        if DRAWS:
-            p_w = w_ptr + i_row.to(tl.int64) * stride_wn + o_d * stride_wd
-            b_w = tl.load(p_w, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+        p_w = w_ptr + i_row.to(tl.int64) * stride_wn + o_d * stride_wd
+        b_w = tl.load(p_w, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
         b_sum = tl.zeros([BP, BD], tl.float32)
         for i_p in range(start, end, BP):
             o_p = i_p + tl.arange(0, BP)
@@ -179,15 +177,14 @@ def row_weight_gradient_kernel(
             m_own = b_i < 0
             o_n = first + tl.where(m_own, ~b_i, b_i).to(tl.int64)
             b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_p, o_d, D, DTYPE).to(tl.float32)
-            b_c = tl.load(slope_ptr + o_n, mask=m_p, other=0.0)
-            if DRAWS:
-                b_s = tl.sum(b_h * b_w[None, :], 1) * LOG2_E
-                if CORRECT:
-                    b_s -= log_k_q(log_q_ptr, tl.zeros([BP], tl.int32) + i_row, log_k, padding_idx, POPULARITY)
-                b_lse = tl.load(lse_ptr + o_n, mask=m_p, other=0.0)
-                b_c = tl.where(m_own, b_c, tl.exp2(b_s - b_lse))
+            b_s = tl.sum(b_h * b_w[None, :], 1) * LOG2_E
+            if CORRECT:
+                b_s -= log_k_q(log_q_ptr, tl.zeros([BP], tl.int32) + i_row, log_k, padding_idx, POPULARITY)
+            b_lse = tl.load(lse_ptr + o_n, mask=m_p, other=0.0)
+            b_slope = tl.load(slope_ptr + o_n, mask=m_p, other=0.0)
             b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_p, other=0.0).to(tl.float32)
-            b_sum += tl.where(m_p, b_c * b_g, 0.0)[:, None] * b_h
+            b_c = tl.where(m_p, tl.where(m_own, b_slope, tl.exp2(b_s - b_lse)) * b_g, 0.0)
+            b_sum += b_c[:, None] * b_h
         b_dw = tl.sum(b_sum, 0)
         if ADD:
             b_dw += tl.load(p_dw, mask=m_d, other=0.0)

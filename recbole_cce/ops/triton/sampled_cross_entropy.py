@@ -186,30 +186,42 @@ def weight_gradient(
     n, dim = input.shape
     if n == 0:
         return torch.zeros_like(weight)
-    # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
-    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    drawing = {"y_ptr": target, "seed_ptr": seed, "table_ptr": table, "stride_y": target.stride(0)}
+    drawing = {
+        "y_ptr": target,
+        "seed_ptr": seed,
+        "table_ptr": table,
+        "num_negatives": num_negatives,
+        "stride_y": target.stride(0),
+    }
     common = {
         "grad_ptr": grad,
         "h_ptr": input,
         "w_ptr": weight,
         "lse_ptr": lse,
+        "slope_ptr": slope,
         "stride_grad": grad.stride(0),
         **common_options(input, weight, log_probability, num_negatives, logq_correction, padding_idx, dtype),
     }
-    own_draws = num_negatives if sharing == "none" else 0
-    row_weight_gradient(grad_weight, slope, own_draws, drawing, common, deterministic)
-    if sharing != "none":
+    # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
+    if sharing == "none":
+        grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        own_weight_gradient(grad_weight, n, drawing, common, deterministic)
+    else:
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         options, programs = tile_options(n, dim, sharing, dtype, input.device, gradient=True)
         unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if dtype == torch.float16 else None
-        options |= {"unit_ptr": unit, "num_negatives": num_negatives, **drawing, **common}
+        options |= {"unit_ptr": unit, **drawing, **common}
         if not deterministic:
             tile_weight_gradient_kernel[(programs,)](
                 **options, grad_w_ptr=grad_weight, row_ptr=None, first_program=0, ATOMIC=True
             )
         else:
             tile_weight_gradient_in_order(grad_weight, programs, options)
+            own_slope = (slope * grad)[:, None]
+            for rows in torch.arange(n, device=input.device).split(max(1, BUFFER_ELEMENTS // dim)):
+                shares = own_slope[rows] * input[rows].to(dtype).float()
+                grad_weight.index_put_((target[rows],), shares, accumulate=True)
     return grad_weight.to(weight.dtype)
 
 
@@ -227,33 +239,25 @@ def tile_weight_gradient_in_order(grad_weight: torch.Tensor, programs: int, opti
         grad_weight.index_put_((rows,), shares, accumulate=True)
 
 
-def row_weight_gradient(
-    grad_weight: torch.Tensor,
-    slope: torch.Tensor,
-    num_negatives: int,
-    drawing: dict[str, Any],
-    common: dict[str, Any],
-    deterministic: bool,
+def own_weight_gradient(
+    grad_weight: torch.Tensor, n: int, drawing: dict[str, Any], common: dict[str, Any], deterministic: bool
 ) -> None:
-    """Write what each row gets from the positions whose target it is, and from those that drew it for themselves alone.
+    """Sort the pairs of position and row by row, some positions at a time, and let one program sum up each row.
 
-    The pairs of position and row are sorted by row, some positions at a time, and one program sums up each row. Atomics
-    on [V+1, D] would cost several times as much: a row comes up K N / V times, each time in another place.
-
-    Args:
-        num_negatives: K, or 0 where draws are shared, which are not counted here.
+    Atomics on [V+1, D] would cost several times as much: a row comes up K N / V times, each time in another place.
     """
     num_rows, dim = grad_weight.shape
-    drawing = drawing | {name: common[name] for name in ("num_items", "padding_idx", "POPULARITY")}
+    num_negatives = drawing["num_negatives"]
+    drawing |= {name: common[name] for name in ("num_items", "padding_idx", "POPULARITY")}
     options = {name: value for name, value in common.items() if name != "num_items"}
-    block, num_warps = row_blocks(dim, num_negatives > 0)
+    block, num_warps = row_blocks(dim)
     # enough for long runs, while the hidden states of these positions stay in the L2 cache
-    pairs = min(max(16 * num_rows, 2**22), 2**25)
+    pairs = min(max(16 * num_rows, 2**23), 2**25)
     step = max(1, pairs // (num_negatives + 1))
-    for first in range(0, len(slope), step):
-        last = min(len(slope), first + step)
+    for first in range(0, n, step):
+        last = min(n, first + step)
         pairs = (last - first) * (num_negatives + 1)
-        drawing |= {"num_negatives": num_negatives, "first": first, "last": last, "BLOCK": 1024}
+        drawing |= {"first": first, "last": last, "BLOCK": 1024}
         programs = (triton.cdiv(pairs, 1024),)
         order = torch.empty(pairs, dtype=torch.int32, device=grad_weight.device)
         if deterministic:
@@ -271,13 +275,11 @@ def row_weight_gradient(
             pair_kernel[programs](**drawing, out_ptr=start, order_ptr=order, MODE="place")
         row_weight_gradient_kernel[(num_rows,)](
             **options,
-            slope_ptr=slope,
             order_ptr=order,
             start_ptr=start,
             grad_w_ptr=grad_weight,
             first=first,
             BP=block,
-            DRAWS=num_negatives > 0,
             ADD=first > 0,
             num_warps=num_warps,
         )
@@ -396,6 +398,6 @@ def own_blocks(dim: int) -> tuple[int, int]:
     return draws, max(1, draws * width // 1024)
 
 
-def row_blocks(dim: int, draws: bool) -> tuple[int, int]:
-    """Positions at a time and warps of the kernel that sums up a row of the table; without draws it has few of them."""
-    return 16 if draws else 4, max(1, padded(dim) // 128)
+def row_blocks(dim: int) -> tuple[int, int]:
+    """Positions at a time and warps of the kernel that sums up a row of the table."""
+    return 16, max(1, padded(dim) // 128)

@@ -206,6 +206,7 @@ def tile_weight_gradient_kernel(
     table_ptr,
     log_q_ptr,
     lse_ptr,
+    slope_ptr,
     grad_w_ptr,
     row_ptr,
     first_program,
@@ -233,10 +234,10 @@ def tile_weight_gradient_kernel(
     CORRECT: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
-    """One program: what BM positions of one group give to the rows of its negatives.
+    """One program: what BM positions of one group give to the rows of its negatives and of their own targets.
 
-    ATOMIC: added to grad_w [V+1, D] fp32. Otherwise stored, for a sum in a fixed order: grad_w is [programs, K, D],
-    row_ptr [programs, K] gets their rows.
+    ATOMIC: added to grad_w [V+1, D] fp32. Otherwise the negatives' shares are stored, for a sum in a fixed order:
+    grad_w is [programs, K, D], row_ptr [programs, K] gets their rows.
 
     HALVES: the columns are taken in two halves: a product [BK, BD] goes to memory through as much shared memory as the
     hidden states take, so that only one program would fit.
@@ -247,18 +248,25 @@ def tile_weight_gradient_kernel(
     o_d = tl.arange(0, BC)
     o_n = (i_block * BM + tl.arange(0, BM)).to(tl.int64) * num_groups + i_group
     m_n = o_n < n
-    b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0).to(tl.int32)
+    b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
     m_y = m_n & (b_y != padding_idx)
     seed = tl.load(seed_ptr)
     b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_y, other=0.0).to(tl.float32)
     # fp16: in units of the largest upstream gradient, since 1 / N times a probability would underflow
     unit = tl.load(unit_ptr) if unit_ptr is not None else 1.0
-    b_g /= unit
     b_lse = tl.load(lse_ptr + o_n, mask=m_y, other=0.0)
+
+    b_slope = tl.load(slope_ptr + o_n, mask=m_y, other=0.0) * b_g
     b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE)
+    if ATOMIC:
+        add_rows(grad_w_ptr, b_y, b_slope[:, None] * b_h.to(tl.float32), m_y, o_d, D)
     if HALVES:
         b_h2 = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, BC + o_d, D, DTYPE)
+        if ATOMIC:
+            add_rows(grad_w_ptr, b_y, b_slope[:, None] * b_h2.to(tl.float32), m_y, BC + o_d, D)
 
+    b_g /= unit
+    b_y = b_y.to(tl.int32)
     first_draw = i_group.to(tl.int64) * num_negatives
     for i_k in range(0, num_negatives, BK):
         o_k = i_k + tl.arange(0, BK)

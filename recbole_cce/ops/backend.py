@@ -11,7 +11,6 @@ import torch
 
 BACKENDS = ("auto", "triton", "torch")
 KERNELS = ("linear_cross_entropy", "sampled_cross_entropy")  # ops that have Triton kernels
-UNTESTED = ("linear_cross_entropy",)  # of these no GPU has run the tests: `auto` does not choose them
 MIN_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores
 MAX_DIM = 512  # columns whose sums still fit in the registers of a program
 
@@ -53,8 +52,6 @@ def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtyp
     if backend == "torch" or (backend == "auto" and interpreted()):
         return "torch"
     reason = triton_unavailable(device) if op in KERNELS else "this version has no Triton kernel for it"
-    if reason is None and backend == "auto" and op in UNTESTED:
-        reason = "no GPU has run its tests; backend='triton' chooses it"
     if reason is None and torch.float64 in dtypes:
         reason = "they have no fp64"
     if reason is None and interpreted() and torch.bfloat16 in dtypes:

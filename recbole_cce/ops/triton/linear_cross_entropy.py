@@ -40,24 +40,16 @@ class Blocks:
     registers: int | None = None
 
 
-def forward_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
-    """Blocks of the forward kernel, where positions stay and items stream past them.
+def full_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
+    """The first blocks, in order of preference, whose rows fit in shared memory.
+
+    In the forward pass positions stay and items stream past them; in the gradient of the table it is the reverse.
 
     Args:
         dim: D.
         itemsize: bytes of a number in the products, 2 or 4.
         shared_memory: bytes a program can have.
     """
-    return fitting_blocks(dim, itemsize, shared_memory, 3)
-
-
-def gradient_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
-    """Blocks of the gradient of the table, where items stay and positions stream past them."""
-    return fitting_blocks(dim, itemsize, shared_memory, 3)
-
-
-def fitting_blocks(dim: int, itemsize: int, shared_memory: int, stages: int) -> Blocks:
-    """The largest blocks, in order of preference, whose rows fit in shared memory."""
     width = padded(dim)
     if itemsize == 4:  # products without tensor cores take their operands through registers: smaller tiles
         for stay, stream, num_warps in ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 8)):
@@ -65,11 +57,17 @@ def fitting_blocks(dim: int, itemsize: int, shared_memory: int, stages: int) -> 
             if stay * width <= 64 * 256 and stream * width <= 64 * 128 and tiles <= shared_memory:
                 return Blocks(stay, stream, num_warps, EXACT_STAGES)
         return Blocks(16, 16, 4, EXACT_STAGES)
-    options = [(64, 64, stages), (64, 32, stages), (64, 32, 2), (32, 32, 2)]
+    if width <= 128:
+        # small programs hide each other's waiting, if three fit on a multiprocessor (each takes 1 KiB more)
+        stream = 128 if width <= 64 else 64
+        tiles = (64 + 3 * stream) * width * 2 + 64 * stream * 2
+        if 3 * (tiles + 2**10) <= shared_memory + 2**10:
+            return Blocks(64, stream, 4, 3, programs=3, registers=168)
+    options = [(64, 64, 3), (64, 32, 3), (64, 32, 2), (32, 32, 2)]
     if width <= 256:  # the sum [stay, width] must fit in 128 registers a thread
-        options = [(128, 64, stages), (128, 64, 2), (128, 32, 2), *options]
+        options = [(128, 64, 3), (128, 64, 2), (128, 32, 2), *options]
     elif TensorDescriptor is None:  # old compilers abort on larger ones, whose warps share a row
-        options = [(32, 32, stages), (32, 32, 2)]
+        options = [(32, 32, 3), (32, 32, 2)]
     for stay, stream, num_stages in options:
         if (stay + num_stages * stream) * width * 2 + stay * stream * 2 <= shared_memory:
             break
@@ -149,9 +147,8 @@ def forward(
     """
     n, dim = hidden.shape
     num_rows = len(table)
-    blocks = forward_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
-    block = gradient_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
-    order, bounds = sort_positions(target, padding_idx, num_rows, block)
+    blocks = full_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
+    order, bounds = sort_positions(target, padding_idx, num_rows, blocks.stay)
     loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)
     lse = torch.full((len(order),), torch.inf, dtype=torch.float32, device=hidden.device)  # probability 0
     slope = torch.empty_like(lse)
@@ -223,7 +220,7 @@ def _(
     n, dim = hidden.shape
     loss = hidden.new_empty(n, dtype=torch.float32)
     lse, slope = (hidden.new_empty(num_places(n), dtype=torch.float32) for _ in range(2))
-    block = gradient_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
+    block = full_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
     order = hidden.new_empty(num_places(n), dtype=torch.int32)
     bounds = hidden.new_empty(num_bounds(len(table), block), dtype=torch.int32)
     direction = hidden.new_empty(hidden.shape if with_direction else 0, dtype=input.dtype)
@@ -249,7 +246,7 @@ def weight_gradient(
     n, dim = hidden.shape
     if n == 0:
         return torch.zeros(table.shape, dtype=weight_dtype, device=table.device)
-    blocks = gradient_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
+    blocks = full_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
     programs = triton.cdiv(len(table), blocks.stay)
     bytes_each = 4 * table.numel()
     # the first split is written to the gradient itself if that is fp32

@@ -29,6 +29,34 @@ def add_product(b_sum, b_p, b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def halves(b_x):
+    """Even and odd columns."""
+    return tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def logits(b_x, b_y, PRECISION: tl.constexpr):
+    """b_x @ b_y.T in fp32."""
+    LONG: tl.constexpr = b_x.shape[1] >= 64
+    if b_x.dtype == tl.float32 and LONG:
+        # Without tensor cores a product adds up its terms one by one: four sums have half the error of one. For the
+        # last argument see add_product().
+        b_x0, b_x1 = halves(b_x)
+        b_y0, b_y1 = halves(b_y)
+        b_x00, b_x01 = halves(b_x0)
+        b_x10, b_x11 = halves(b_x1)
+        b_y00, b_y01 = halves(b_y0)
+        b_y10, b_y11 = halves(b_y1)
+        b_s0 = tl.dot(b_x00, tl.trans(b_y00), input_precision=PRECISION, max_num_imprecise_acc=1)
+        b_s1 = tl.dot(b_x01, tl.trans(b_y01), input_precision=PRECISION, max_num_imprecise_acc=1)
+        b_s2 = tl.dot(b_x10, tl.trans(b_y10), input_precision=PRECISION, max_num_imprecise_acc=1)
+        b_s3 = tl.dot(b_x11, tl.trans(b_y11), input_precision=PRECISION, max_num_imprecise_acc=1)
+        return (b_s0 + b_s1) + (b_s2 + b_s3)
+    else:
+        return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+
+
+@triton.jit
 def own_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D: tl.constexpr, DTYPE: tl.constexpr):
     """[BM] logits of the targets: fp32 sums of the products of the same rounded rows."""
     b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_n, o_d, D, DTYPE)
@@ -76,7 +104,7 @@ def sweep(
             b_w = w_desc.load([start, 0])
         else:
             b_w = load_rows(w_ptr, o_v, stride_wn, stride_wd, o_v < num_rows, o_d, D, DTYPE)
-        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION)
+        b_s = logits(b_h, b_w, PRECISION)
         stop = start + BV
         own = (start <= high) & (stop > low)
         padding = (start <= padding_idx) & (stop > padding_idx)
@@ -351,7 +379,7 @@ def full_weight_gradient_kernel(
             b_n = tl.load(order_ptr + o_i) if GATHER else o_i
             b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, o_i >= 0, o_d, D, DTYPE)
             b_lse = tl.load(lse_ptr + o_i)
-        b_s = tl.dot(b_w, tl.trans(b_h), input_precision=PRECISION)
+        b_s = logits(b_w, b_h, PRECISION)
         b_p = tl.exp2(b_s * LOG2_E - (b_lse - UP)[None, :])
         if not UNIFORM:
             b_n = tl.load(order_ptr + start + tl.arange(0, BN))

@@ -252,14 +252,15 @@ def own_weight_gradient(
     options = {name: value for name, value in common.items() if name != "num_items"}
     block, num_warps = row_blocks(dim)
     # enough for long runs, while the hidden states of these positions stay in the L2 cache
-    pairs = min(max(16 * num_rows, 2**23), 2**25)
-    step = max(1, pairs // (num_negatives + 1))
+    pairs = min(max(32 * num_rows, 2**23), 2**26)
+    step = min(n, max(1, pairs // (num_negatives + 1)))
+    buffer = torch.empty(step * (num_negatives + 1), dtype=torch.int32, device=grad_weight.device)
     for first in range(0, n, step):
         last = min(n, first + step)
         pairs = (last - first) * (num_negatives + 1)
         drawing |= {"first": first, "last": last, "BLOCK": 1024}
         programs = (triton.cdiv(pairs, 1024),)
-        order = torch.empty(pairs, dtype=torch.int32, device=grad_weight.device)
+        order = buffer[:pairs]
         if deterministic:
             rows = torch.empty_like(order)
             pair_kernel[programs](**drawing, out_ptr=rows, order_ptr=None, MODE="rows")

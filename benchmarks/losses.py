@@ -275,13 +275,14 @@ def full_floor_ms(shape: Shape) -> float:
 def floor_ms(shape: Shape, sharing: str) -> float:
     """Least time of forward and backward pass on an H100: four products, two exponentials a pair, and the bytes.
 
-    Bytes: hidden states twice and their gradient; the table's gradient; each pair's row gathered in fp32 twice and
-    added once where the table is larger than the L2 cache, the table once where it is not.
+    Bytes: hidden states twice and their gradient; the table's gradient; where draws are shared, each drawn row gathered
+    in fp32 twice and added once, else gathered once (the backward pass can gather hidden states, which stay in the L2
+    cache). Of these rows as many cost nothing as the L2 cache holds of the table.
     """
     pairs = shape.n * shape.k
-    rows = pairs if sharing == "none" else negatives.num_groups(shape.n, sharing) * shape.k
+    rows = pairs if sharing == "none" else 3 * negatives.num_groups(shape.n, sharing) * shape.k
     table = shape.v * shape.d * 4
-    moved = 3 * shape.n * shape.d * 2 + table + (3 * rows * shape.d * 4 if table > L2 else 2 * table)
+    moved = 3 * shape.n * shape.d * 2 + table + max(rows * shape.d * 4 * (1 - L2 / table), table)
     products = 8 * pairs * shape.d / FLOPS if sharing != "none" else 0
     return 1e3 * max(products, moved / BYTES, 2 * pairs / EXPONENTIALS)
 

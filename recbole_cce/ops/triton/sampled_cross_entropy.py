@@ -286,20 +286,26 @@ def own_weight_gradient(
         )
 
 
-def scale(direction: torch.Tensor, grad: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
-    """`direction` times grad [N] / unit, in its own memory."""
-    if direction.numel() > 0:
-        scale_kernel[(triton.cdiv(direction.numel(), 4096),)](
-            direction_ptr=direction,
-            grad_ptr=grad,
-            unit_ptr=unit,
-            numbers=direction.numel(),
-            stride_grad=grad.stride(0),
-            D=direction.size(1),
-            BLOCK=4096,
-            UNIFORM=grad.stride(0) == 0 or len(grad) == 1,
-        )
-    return direction
+@torch.library.custom_op("recbole_cce::scale_direction", mutates_args=("direction",))
+def scale(direction: torch.Tensor, grad: torch.Tensor, unit: Optional[torch.Tensor]) -> None:
+    """Multiply `direction` [N, D] by grad [N] / unit in its own memory."""
+    if direction.numel() == 0:
+        return
+    scale_kernel[(triton.cdiv(direction.numel(), 4096),)](
+        direction_ptr=direction,
+        grad_ptr=grad,
+        unit_ptr=unit,
+        numbers=direction.numel(),
+        stride_grad=grad.stride(0),
+        D=direction.size(1),
+        BLOCK=4096,
+        UNIFORM=grad.stride(0) == 0 or len(grad) == 1,
+    )
+
+
+@scale.register_fake
+def _(direction: torch.Tensor, grad: torch.Tensor, unit: torch.Tensor | None) -> None:
+    return None
 
 
 @weight_gradient.register_fake
@@ -339,7 +345,8 @@ def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     if ctx.needs_input_grad[0]:
         if ctx.direction is None:  # a second backward pass through the same graph
             ctx.direction = forward(*tensors, unit, *options, True)[3]
-        grad_input, ctx.direction = scale(ctx.direction, grad, unit), None
+        grad_input, ctx.direction = ctx.direction, None
+        scale(grad_input, grad, unit)
     if ctx.needs_input_grad[1]:
         grad_weight = weight_gradient(grad, *tensors, lse, slope, *options)
     return grad_input, grad_weight, *[None] * 11

@@ -51,6 +51,22 @@ def check_reductions(sharing, n, device="cpu"):
             assert_close(gradients(*args, **options), gradients(*args, **options, backend="torch"))
 
 
+def check_compiled(sharing, n, device="cpu", backend="inductor"):
+    """A compiled model around the loss gives what the model gives, without a graph break."""
+    hidden, weight, target = problem(n=n, device=device)
+
+    def step(h, w):
+        return call(torch.tanh(h), w, target, sharing=sharing) * 2
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = function(h, w)
+        loss.backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    assert_close(*results)
+
+
 # Without a GPU
 
 
@@ -77,7 +93,7 @@ def test_kernels_in_the_interpreter():
     run_python(
         """
         import torch
-        from tests.ops.test_sampled_kernels import check_kernels, check_reductions
+        from tests.ops.test_sampled_kernels import check_compiled, check_kernels, check_reductions
 
         for sharing in ("tile", "none", "batch"):
             n = 20 if sharing == "none" else 150
@@ -88,6 +104,7 @@ def test_kernels_in_the_interpreter():
             check_kernels(n=n, sharing=sharing, popularity=True)
             torch.use_deterministic_algorithms(False)
             check_reductions(sharing, n)
+            check_compiled(sharing, n, backend="aot_eager")
 
         # its products of bf16 are wrong numbers: refused, also where autocast rounds to it
         import pytest
@@ -313,18 +330,7 @@ def test_only_the_gradients_asked_for(sharing):
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_compiled_without_graph_break(sharing):
-    hidden, weight, target = problem(n=300, device="cuda")
-
-    def step(h, w):
-        return call(torch.tanh(h), w, target, sharing=sharing) * 2
-
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True)):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = function(h, w)
-        loss.backward()
-        results.append((loss.detach(), h.grad, w.grad))
-    assert_close(*results)
+    check_compiled(sharing, n=300, device="cuda")
 
 
 @needs_gpu

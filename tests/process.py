@@ -10,6 +10,11 @@ from pathlib import Path
 SCRIPT = Path(__file__).parent.parent / "run_recbole_cce.py"
 
 
+def python_path(folder) -> str:
+    """PYTHONPATH with one more folder before what it has."""
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
 def python(*arguments, cwd=None, **environment):
     """Run the interpreter of the tests; returns the finished process with its output as text."""
     return subprocess.run(

@@ -19,7 +19,7 @@ from recbole.quick_start import load_data_and_model
 
 from recbole_cce import checkpoints, cli
 from tests.build import experiment
-from tests.process import SCRIPT, python
+from tests.process import SCRIPT, python, python_path
 from tests.test_compat import STOCK
 
 # on `tiny`, validation improves up to epoch 4 and the run stops early, after epoch 8
@@ -137,8 +137,8 @@ def test_killed_and_resumed(settings, tmp_path, whole, what, number, resumed, fi
         assert "Finished training, best eval result in epoch 4" in log
         assert [state["epoch"] for state in whole["states"]] == [4, 8]
     (tmp_path / "killed.py").write_text(KILLED)
-    path = f"{SCRIPT.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    log_of(python("killed.py", what, number, *FLAGS, PYTHONPATH=path), code=-signal.SIGKILL)
+    killed = python("killed.py", what, number, *FLAGS, PYTHONPATH=python_path(SCRIPT.parent))
+    log_of(killed, code=-signal.SIGKILL)
     assert len(os.listdir("saved")) == files  # with the half of one
     log = log_of(python(SCRIPT, *FLAGS, "--resume"))
     assert f"Resume training from epoch {resumed}\n" in log

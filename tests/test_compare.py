@@ -28,11 +28,10 @@ from recbole.quick_start import load_data_and_model, run_recbole
 from recbole.quick_start import quick_start as recbole_quick_start
 from scipy import stats
 
-import recbole_cce
 from recbole_cce import cli, compare, figures, report, trial
 from recbole_cce.trial import Trial, Watch
 from tests.conftest import write_inter
-from tests.process import SCRIPT
+from tests.process import SCRIPT, python_path
 
 COMMAND = ["--models=SASRec,SASRecCCE", "--dataset=tiny", "--config_files=tiny.yaml", "--seeds=2020,2021"]
 COMMAND += ["--learning_rate=0.01", "--parallel=2", "--output=study"]
@@ -62,12 +61,11 @@ if __name__ == "__main__":
 
 
 def start(folder, script, *flags):
-    path = os.pathsep.join([str(Path(recbole_cce.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     with open(folder / "printed.txt", "w") as printed:
         return subprocess.Popen(
             [sys.executable, str(script), "compare", *flags],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(SCRIPT.parent)},
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.STDOUT,

@@ -28,7 +28,7 @@ from recbole.utils.case_study import full_sort_topk
 
 from recbole_cce import compat
 from tests.conftest import write_inter
-from tests.process import output, python
+from tests.process import output, python, python_path
 
 
 def experiment(model, settings):
@@ -100,7 +100,7 @@ def fake_ray(folder, tune):
     (folder / "ray").mkdir()
     (folder / "ray" / "__init__.py").write_text("")
     (folder / "ray" / "tune.py").write_text(tune)
-    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    return {"PYTHONPATH": python_path(folder)}
 
 
 def test_ray_that_cannot_be_imported(tmp_path):

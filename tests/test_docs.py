@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -15,10 +14,10 @@ import torch
 from recbole.config import Config
 from torch.nn import functional as F
 
-import recbole_cce
 from recbole_cce import checks, cli, losses, registry, settings
 from recbole_cce.ops import negatives
 from tests.conftest import write_inter
+from tests.process import SCRIPT, python_path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -104,10 +103,9 @@ def test_model_of_the_page_runs(tmp_path):
     for name in ("gru4rec_cce.py", "GRU4RecCCE.yaml", "run.py"):
         (tmp_path / name).write_text(block_after(ADDING, f"`{name}`:"))
     (command,) = [line for line in commands(ADDING) if line.startswith("python run.py")]
-    path = os.pathsep.join([str(Path(recbole_cce.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     command = command.replace("--epochs=20", "--epochs=1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)
+        patch.setenv("PYTHONPATH", python_path(SCRIPT.parent))
         output = run(command, tmp_path, FEW_USERS, *SHORT)
     assert metric(output, "ndcg@5") > 0
     assert "GRU4RecCCE" in output

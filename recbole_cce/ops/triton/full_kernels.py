@@ -12,20 +12,9 @@ logit: no maximum is needed as long as the others do not exceed it by a factor b
 import triton
 import triton.language as tl
 
-from recbole_cce.ops.triton.tile_kernels import LN_2, LOG2_E, load_rows
+from recbole_cce.ops.triton.tile_kernels import LN_2, LOG2_E, add_product, load_rows
 
 SAFE_MASS = tl.constexpr(2.0**64)  # far below what fp32 and bf16 hold, so that sums of vectors cannot overflow either
-
-
-@triton.jit
-def add_product(b_sum, b_p, b_x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sum + b_p @ b_x with fp32 sums."""
-    if DTYPE == tl.float32:  # noqa: SIM300
-        # Without tensor cores each term would be rounded to the size of the whole sum. The last argument, which is
-        # about other dtypes, keeps the compiler from putting the sum back into the product.
-        return b_sum + tl.dot(b_p, b_x, input_precision=PRECISION, max_num_imprecise_acc=1)
-    else:
-        return tl.dot(b_p.to(DTYPE), b_x, b_sum)
 
 
 @triton.jit
@@ -126,7 +115,7 @@ def sweep(
         b_off = (b_next - b_mass) - b_add
         b_mass = b_next
         if DIRECTION:
-            b_sum = add_product(b_sum, b_p, b_w, DTYPE, PRECISION)
+            b_sum = add_product(b_p, b_w, b_sum, PRECISION)
     return b_ref, b_mass, b_sum
 
 
@@ -389,7 +378,7 @@ def full_weight_gradient_kernel(
             b_n = tl.load(order_ptr + start + tl.arange(0, BN))
             b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y).to(tl.int32)
             b_p = tl.where(o_v[:, None] != b_y[None, :], b_p, 0.0)
-        b_sum = add_product(b_sum, b_p, b_h, DTYPE, PRECISION)
+        b_sum = add_product(b_p, b_h, b_sum, PRECISION)
 
     # The targets' own share. Its factors are added in two parts, which have twice the digits of a 16-bit number; one
     # product in the loop, as the layout of two in a row is not the one of the sum.
@@ -408,7 +397,7 @@ def full_weight_gradient_kernel(
         if PARTS == 2:
             b_c = tl.where(i % 2 == 0, b_c, b_c - b_c.to(DTYPE).to(tl.float32))
         b_own = tl.where(o_v[:, None] == b_y[None, :], b_c[None, :], 0.0)
-        b_sum = add_product(b_sum, b_own, b_h, DTYPE, PRECISION)
+        b_sum = add_product(b_own, b_h, b_sum, PRECISION)
 
     b_sum = tl.where((o_v != padding_idx)[:, None], b_sum * (unit * 2.0**-UP), 0.0)
     o_dw = o_v.to(tl.int64)[:, None] * D + o_d[None, :]

@@ -262,9 +262,8 @@ def own_weight_gradient(
         programs = (triton.cdiv(pairs, 1024),)
         order = buffer[:pairs]
         if deterministic:
-            rows = torch.empty_like(order)
-            pair_kernel[programs](**drawing, out_ptr=rows, order_ptr=None, MODE="rows")
-            rows, index = rows.sort(stable=True)
+            pair_kernel[programs](**drawing, out_ptr=order, order_ptr=None, MODE="rows")
+            rows, index = order.sort(stable=True)
             start = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
             start = torch.searchsorted(rows, start, out_int32=True)
             position = index // (num_negatives + 1)

@@ -1,6 +1,6 @@
 """Time and memory of the losses and of their public peers on one GPU.
 
-    python -m benchmarks.losses --published=DIR --output=DIR [--shapes=a,b] [--only="ours tile;ours none"] [--sweep]
+    python -m benchmarks.losses --published=DIR --output=DIR [--shapes=a,b] [--only="ours tile;ours none"] [--sweep k v]
     python -m benchmarks.losses --shapes=full --only="ours CCE;cut-cross-entropy;Liger;CE (torch)"
 
 Forward, backward and both together: medians of CUDA events. Memory: the peak of the allocator beyond the inputs and
@@ -58,6 +58,10 @@ SHAPES = {
     "full-c": Shape(131_072, 18_345, 64, 0),
     "full-d": Shape(131_072, 18_345, 256, 0),
     "full-e": Shape(32_768, 1_600_000, 128, 0),
+}
+SWEEPS = {
+    "k": [Shape(32_768, 100_000, 128, k) for k in (15, 63, 255, 1023, 4095)],
+    "v": [Shape(32_768, v, 128, 511) for v in (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)],
 }
 # losses that have no K
 WHOLE = (
@@ -340,7 +344,7 @@ def main() -> None:
     parser.add_argument("--published", type=Path, help="checkout of the published CCE- code")
     parser.add_argument("--shapes", default="a,b,c,d", help="names, or full: all of the losses over the catalogue")
     parser.add_argument("--only", help="names of implementations, separated by ;")
-    parser.add_argument("--sweep", action="store_true", help="also sweep K and V and draw the figures")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=[], help="also sweep K or V and draw the figure")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each median")
     parser.add_argument("--output", type=Path, default=Path("results"))
     args = parser.parse_args()
@@ -352,15 +356,10 @@ def main() -> None:
         parser.error(f"--only: {unknown[0]!r} is not valid; it takes {'; '.join(found)}")
     shapes = [SHAPES[name] for name in SETS.get(args.shapes, args.shapes).split(",") if name]
     rows = run(names, shapes, found, args.seconds)
-    if args.sweep:
-        names = [name for name in names if "deterministic" not in name]
-        for axis, shapes in (
-            ("k", [Shape(32_768, 100_000, 128, k) for k in (15, 63, 255, 1023, 4095)]),
-            ("v", [Shape(32_768, v, 128, 511) for v in (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)]),
-        ):
-            swept = run(names, shapes, found, args.seconds)
-            figure(swept, axis, args.output)
-            rows += swept
+    for axis in args.sweep:
+        swept = run([name for name in names if "deterministic" not in name], SWEEPS[axis], found, args.seconds)
+        figure(swept, axis, args.output)
+        rows += swept
     fields = list(dict.fromkeys(field for row in rows for field in row))
     with open(args.output / "losses.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fields)

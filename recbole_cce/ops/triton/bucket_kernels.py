@@ -281,7 +281,7 @@ def target_gradient_kernel(
     BM: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One program: what BM positions give to the rows of their targets; uncovered ones have the loss 0 and give none."""
+    """One program: what BM positions give to the rows of their targets; uncovered ones have loss 0 and give nothing."""
     o_d = tl.arange(0, BD)
     o_n = tl.program_id(0) * BM + tl.arange(0, BM)
     b_loss = tl.load(loss_ptr + o_n, mask=o_n < n, other=0.0)

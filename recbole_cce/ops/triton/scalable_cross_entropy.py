@@ -4,6 +4,7 @@ Selection and loss are two ops, of which only the second has gradients. The back
 bucket only: winners of a bucket are listed, and losers cost nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -27,12 +28,12 @@ class Blocks:
 
     stay: int
     stream: int
-    num_warps: int
-    num_stages: int
+    warps: int
+    stages: int
 
 
 def score_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
-    """Rows of a table that stay, directions that stream past them: the largest blocks that fit in shared memory.
+    """Rows of a table that stay, directions that stream past them: the first blocks that fit in shared memory.
 
     Args:
         dim: D.
@@ -40,17 +41,17 @@ def score_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
         shared_memory: bytes a program can have.
     """
     width = padded(dim)
-    if itemsize == 4:  # products without tensor cores take their operands through registers: smaller tiles
+    if itemsize == 4:
         return exact_blocks(width, shared_memory)
-    for stay, stages in ((128, 3), (128, 2), (64, 2), (64, 1)):
-        # the keys, 8 bytes each, go through memory on their way out
-        if (stay + stages * 64) * width * 2 + stay * 64 * 8 <= shared_memory:
-            return Blocks(stay, 64, 8 if stay == 128 else 4, stages)
-    return Blocks(32, 32, 4, 1)
+    # scores go through memory on their way out, a quarter at a time as keys of 8 bytes
+    options = [Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 1)]
+    if width > 64:
+        options = [Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), *options]
+    return first_that_fits(options, lambda b: (b.stay + b.stages * b.stream) * width * 2 + b.stay * 128, shared_memory)
 
 
 def bucket_blocks(dim: int, itemsize: int, shared_memory: int, kernel: str) -> Blocks:
-    """The first blocks, in order of preference, whose rows fit in shared memory.
+    """The first blocks that fit in shared memory.
 
     Args:
         dim, itemsize, shared_memory: as for score_blocks().
@@ -59,31 +60,35 @@ def bucket_blocks(dim: int, itemsize: int, shared_memory: int, kernel: str) -> B
     width = padded(dim)
     if itemsize == 4:
         return exact_blocks(width, shared_memory)
-    for stay, stream, stages in (
-        (128, 64, 3),
-        (128, 64, 2),
-        (128, 32, 3),
-        (128, 32, 2),
-        (64, 32, 2),
-        (64, 32, 1),
-    ):
-        if kernel != "loss" and stay * width > 128 * 256:  # the sum [stay, width] must fit in registers
-            continue
-        waiting = (stages - 1) * (2 if kernel == "weight" else 4) + 2
-        products = 0 if kernel == "loss" else stay * stream * 2
-        # the sum of a gradient of the table goes through memory on its way out, when nothing else is there
-        leaving = stay * width * 4 if kernel == "weight" else 0
-        if max(stay * width * 2 + stream * width * waiting + products, leaving) + 2**11 <= shared_memory:
-            return Blocks(stay, stream, 8 if stay * width > 64 * 64 else 4, stages)
-    return Blocks(32, 16, 4, 1)
+    if width <= 64:  # small programs hide each other's waiting
+        options = [Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)]
+    elif kernel == "loss":
+        options = [Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
+    elif width > 256:  # the sum [stay, width] must fit in registers
+        options = [Blocks(32, 32, 8, 2), Blocks(32, 16, 8, 1)]
+    elif kernel == "input":
+        options = [Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
+    else:
+        options = [Blocks(64, 64, 8, 3), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1)]
+
+    def memory(b: Blocks) -> int:
+        # what streams waits in fp32 and in 16 bits; probabilities
+        used = b.stay * width * 2 + b.stream * width * (2 + 4 * (b.stages > 1)) + b.stay * b.stream * 2
+        # the gradient of the table goes through memory on its way out, when nothing else is there
+        return max(used, b.stay * width * 4) if kernel == "weight" else used
+
+    return first_that_fits(options, memory, shared_memory)
 
 
 def exact_blocks(width: int, shared_memory: int) -> Blocks:
-    """Blocks of products in fp32."""
-    for size, num_warps in ((32, 4), (16, 4)):
-        if size * width <= 32 * 256 and 3 * size * width * 4 + size * size * 8 <= shared_memory:
-            return Blocks(size, size, num_warps, 1)
-    return Blocks(16, 16, 8, 1)
+    """Blocks of products in fp32: without tensor cores they take their operands through registers, so small tiles."""
+    options = [Blocks(32, 32, 4, 1), Blocks(16, 16, 4 if width <= 256 else 8, 1)]
+    return first_that_fits(options[width > 256 :], lambda b: 4 * b.stay * width * 4, shared_memory)
+
+
+def first_that_fits(options: list[Blocks], memory: Callable[[Blocks], int], shared_memory: int) -> Blocks:
+    """The first of `options` that takes no more than `shared_memory`, else the last."""
+    return next((blocks for blocks in options if memory(blocks) + 2**10 <= shared_memory), options[-1])
 
 
 def scalable_cross_entropy(
@@ -114,7 +119,7 @@ def top_rows(
     Of equal ones the lowest rows; products are of numbers in the dtype of `directions`. Left out are, with `target`,
     rows whose target is padding_idx, else row padding_idx; -1, which comes first, stands for what is missing then.
     """
-    num_rows, dim = table.shape
+    num_rows = len(table)
     rows = torch.empty(len(directions), k, dtype=torch.int32, device=table.device)
     if rows.numel() == 0:
         return rows
@@ -165,7 +170,7 @@ def select_rows(
 
     def score(mode: str, programs: int, group: int = 1, samples: int = 0, spacing: int = 1) -> None:
         # a small table is scored by several programs a block, each for some directions
-        parts = min(triton.cdiv(4 * num_processors(table.device), programs), triton.cdiv(len(directions), blocks.stream))
+        parts = triton.cdiv(4 * num_processors(table.device), programs)
         each = triton.cdiv(triton.cdiv(len(directions), parts), blocks.stream) * blocks.stream
         selection_kernels.score_kernel[(programs, triton.cdiv(len(directions), each))](
             **common,
@@ -180,11 +185,11 @@ def select_rows(
             GROUP=group,
             PRECISION=precision(),
             MODE=mode,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )
 
-    block = min(2**13, triton.next_power_of_2(capacity))
+    block = min(2**12, triton.next_power_of_2(capacity))
     if bound is None:
         score("all", triton.cdiv(num_rows, blocks.stay))
     else:
@@ -198,7 +203,7 @@ def select_rows(
             capacity=capacity,
             k=k,
             BLOCK=block,
-            num_warps=max(1, block // 1024),
+            num_warps=max(1, block // 512),
         )
         score("reach", triton.cdiv(num_rows, blocks.stay))
     selection_kernels.select_kernel[(len(directions),)](
@@ -208,7 +213,7 @@ def select_rows(
         k=k,
         BR=16 if table.size(1) > 256 else 32,
         BLOCK=block,
-        num_warps=max(1, block // 1024),
+        num_warps=max(1, block // 512),
     )
 
 
@@ -297,8 +302,8 @@ def forward(
             BM=blocks.stay,
             BN=blocks.stream,
             PRECISION=precision(),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )
     bucket_kernels.largest_loss_kernel[(triton.cdiv(n, 1024),)](
         best_ptr=best, loss_ptr=loss, covered_ptr=covered, n=n, BLOCK=1024
@@ -335,7 +340,7 @@ def gradients(
     input_needed: bool,
     weight_needed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """d loss / d input [N, D] and d loss / d weight [V+1, D], or [0] if not needed, given `grad` [N] = d loss / d loss_i."""
+    """d loss / d input [N, D] and d loss / d weight [V+1, D], given `grad` [N] = d loss / d loss_i; [0] if not needed."""
     n = len(input)
     grad_input = torch.zeros(input.shape if input_needed else 0, dtype=input.dtype, device=input.device)
     # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
@@ -374,8 +379,8 @@ def gradients(
             blocks_per_bucket=blocks_per_bucket,
             BM=blocks.stay,
             BN=blocks.stream,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )
     if weight_needed:
         unit = grad.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) if dtype == torch.float16 else None
@@ -384,7 +389,12 @@ def gradients(
 
 
 def add_weight_gradient(
-    grad_weight: torch.Tensor, n: int, common: dict[str, Any], target: torch.Tensor, items: torch.Tensor, dtype: torch.dtype
+    grad_weight: torch.Tensor,
+    n: int,
+    common: dict[str, Any],
+    target: torch.Tensor,
+    items: torch.Tensor,
+    dtype: torch.dtype,
 ) -> None:
     """Add what all winners give to the rows of their buckets' items and of their targets."""
     dim = grad_weight.size(1)
@@ -404,8 +414,8 @@ def add_weight_gradient(
             BM=blocks.stream,
             BN=blocks.stay,
             ATOMIC=not deterministic,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )
         if deterministic:  # a slot without an item has no share, whatever row it counts for
             grad_weight.index_put_((rows.clamp(min=0).long(),), shares, accumulate=True)

@@ -12,6 +12,7 @@ the larger. So there is one answer, whatever the order in which keys are collect
 import triton
 import triton.language as tl
 
+from recbole_cce.ops.triton.full_kernels import halves
 from recbole_cce.ops.triton.tile_kernels import load_rows
 
 EMPTY = tl.constexpr(-(2**63))  # below all keys: a row that is no candidate
@@ -42,6 +43,18 @@ def sampled_rows(o_j, spacing):
     """One row of each `spacing`, at places without a pattern: neighbours are alike, and so may be every fourth row."""
     places = (o_j.to(tl.uint32) * 2654435761) >> 16
     return o_j * spacing + (places % spacing.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def collect(b_s, o_r, m_r, o_b, last, bound_ptr, count_ptr, key_ptr, capacity):
+    """Add the keys of rows x directions that reach the direction's bound to those it has, in any order."""
+    b_key = make_keys(b_s, o_r[:, None])
+    b_bound = tl.load(bound_ptr + o_b, mask=o_b < last, other=0)
+    m_key = (b_key >= b_bound[None, :]) & m_r[:, None] & (o_b < last)[None, :]
+    p_count = count_ptr + o_b[None, :] + tl.zeros(b_s.shape, tl.int32)
+    o_slot = tl.atomic_add(p_count, 1, mask=m_key, sem="relaxed")
+    p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
+    tl.store(p_key + o_slot, b_key, mask=m_key & (o_slot < capacity))
 
 
 @triton.jit
@@ -92,23 +105,25 @@ def score_kernel(
         o_b = i + tl.arange(0, BN)
         m_b = o_b < last
         b_b = load_rows(direction_ptr, o_b, D, 1, m_b, o_d, D, DTYPE)
-        b_key = make_keys(tl.dot(b_t, tl.trans(b_b), input_precision=PRECISION), o_r[:, None])
-        m_key = m_r[:, None] & m_b[None, :]
-        p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
-        if MODE == "sample":
-            b_key = tl.where(m_key, b_key, EMPTY)
-            b_key = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP, BN]), 1)
-            o_g = i_m * (BM // GROUP) + tl.arange(0, BM // GROUP)
-            tl.store(p_key + o_g[:, None], b_key, mask=m_b[None, :])
-        elif MODE == "all":
-            m_out = (o_r < num_rows)[:, None] & m_b[None, :]
-            tl.store(p_key + o_r[:, None], tl.where(m_key, b_key, EMPTY), mask=m_out)
+        b_s = tl.dot(b_t, tl.trans(b_b), input_precision=PRECISION)
+        if MODE == "reach":  # a quarter of the columns at a time, which saves registers
+            b_s0, b_s1 = halves(b_s)
+            b_s00, b_s01 = halves(b_s0)
+            b_s10, b_s11 = halves(b_s1)
+            o_q = i + 4 * tl.arange(0, BN // 4)
+            collect(b_s00, o_r, m_r, o_q, last, bound_ptr, count_ptr, key_ptr, capacity)
+            collect(b_s10, o_r, m_r, o_q + 1, last, bound_ptr, count_ptr, key_ptr, capacity)
+            collect(b_s01, o_r, m_r, o_q + 2, last, bound_ptr, count_ptr, key_ptr, capacity)
+            collect(b_s11, o_r, m_r, o_q + 3, last, bound_ptr, count_ptr, key_ptr, capacity)
         else:
-            b_bound = tl.load(bound_ptr + o_b, mask=m_b, other=0)
-            m_key &= b_key >= b_bound[None, :]
-            p_count = count_ptr + o_b[None, :] + tl.zeros([BM, BN], tl.int32)
-            o_slot = tl.atomic_add(p_count, 1, mask=m_key, sem="relaxed")
-            tl.store(p_key + o_slot, b_key, mask=m_key & (o_slot < capacity))
+            b_key = tl.where(m_r[:, None] & m_b[None, :], make_keys(b_s, o_r[:, None]), EMPTY)
+            p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
+            if MODE == "sample":
+                b_key = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP, BN]), 1)
+                o_g = i_m * (BM // GROUP) + tl.arange(0, BM // GROUP)
+                tl.store(p_key + o_g[:, None], b_key, mask=m_b[None, :])
+            else:
+                tl.store(p_key + o_r[:, None], b_key, mask=(o_r < num_rows)[:, None] & m_b[None, :])
 
 
 @triton.jit

@@ -340,7 +340,7 @@ def gradients(
     input_needed: bool,
     weight_needed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """d loss / d input [N, D] and d loss / d weight [V+1, D], given `grad` [N] = d loss / d loss_i; [0] if not needed."""
+    """d loss / d input [N, D] and d loss / d weight [V+1, D], given `grad` [N] = d loss / d loss_i, or [0]."""
     n = len(input)
     grad_input = torch.zeros(input.shape if input_needed else 0, dtype=input.dtype, device=input.device)
     # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made

@@ -132,7 +132,7 @@ def kth_key(key_ptr, count, k, BLOCK: tl.constexpr):
     o_k = tl.arange(0, BLOCK)
     b_key = tl.load(key_ptr + o_k, mask=o_k < count, other=EMPTY)
     bound = tl.full((), EMPTY, tl.int64)
-    reached = count
+    reached = tl.full((), 0, tl.int32) + count
     bit = tl.full((), 63, tl.int64)
     while (bit >= 0) & (reached != k):
         trial = bound + (tl.full((), 1, tl.int64) << bit)

@@ -359,6 +359,11 @@ def test_wrong_bucket_sizes(name):
         call("scalable", *problem(), **{name: 0})
 
 
+def test_buckets_larger_than_memory():
+    with pytest.raises(ValueError, match="n_buckets: 1000000000 buckets of 9 positions and 6 items are too many"):
+        call("scalable", *problem(), n_buckets=10**9)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_triton_says_why_it_cannot(op):
     with pytest.raises(RuntimeError, match=rf"backend: 'triton' cannot run {op}_cross_entropy: "):

@@ -2,13 +2,14 @@
 
     python -m benchmarks.losses --published=DIR --output=DIR [--shapes=a,b] [--only="ours tile;ours none"] [--sweep k v]
     python -m benchmarks.losses --shapes=full --only="ours CCE;cut-cross-entropy;Liger;CE (torch)"
+    python -m benchmarks.losses --published=DIR --shapes=sce
 
 Forward, backward and both together: medians of CUDA events. Memory: the peak of the allocator beyond the inputs and
 beyond the gradients of both. Hidden states are bf16 and the item table is an fp32 parameter, as in training with
 autocast; peers that take no fp32 table get a bf16 one, whose copy is not counted against them, nor is the time to make
 it or to draw their negatives. The published kernel of CCE- is imported from DIR (github.com/On-Point-RND/
-MemoryEfficientSRS), cut-cross-entropy and liger-kernel where they are installed. A peer that does not fit is shown as
-out of memory.
+MemoryEfficientSRS), the published SCE from its subfolder sce (github.com/AIRI-Institute/Scalable-SASRec),
+cut-cross-entropy and liger-kernel where they are installed. A peer that does not fit is shown as out of memory.
 
 Random data: hidden states and vectors are normal with logits of standard deviation 1; targets are uniform.
 """
@@ -21,8 +22,9 @@ import gc
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,15 +39,22 @@ FLOPS, BYTES, EXPONENTIALS, L2 = 798e12, 3.0e12, 3.7e12, 50e6
 
 @dataclass(frozen=True)
 class Shape:
-    """N positions, V items, D columns, K negatives; 0 where only losses over the whole catalogue are compared."""
+    """N positions, V items, D columns, K negatives; 0 where only losses over the whole catalogue are compared.
+
+    `buckets`: how many, and positions and items in each, where SCE is compared.
+    """
 
     n: int
     v: int
     d: int
     k: int
+    buckets: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
-        return f"{self.n} x {self.v} x {self.d}" + (f", K={self.k}" if self.k else "")
+        more = f", K={self.k}" if self.k else ""
+        if self.buckets:
+            more = ", {} buckets of {} x {}".format(*self.buckets)
+        return f"{self.n} x {self.v} x {self.d}" + more
 
 
 SHAPES = {
@@ -58,6 +67,9 @@ SHAPES = {
     "full-c": Shape(131_072, 18_345, 64, 0),
     "full-d": Shape(131_072, 18_345, 256, 0),
     "full-e": Shape(32_768, 1_600_000, 128, 0),
+    "sce-a": Shape(327_680, 173_511, 256, 0, (882, 882, 512)),
+    "sce-b": Shape(131_072, 173_511, 64, 0, (724, 724, 256)),
+    "sce-c": Shape(131_072, 1_600_000, 256, 0, (724, 724, 1024)),
 }
 SWEEPS = {
     "k": [Shape(32_768, 100_000, 128, k) for k in (15, 63, 255, 1023, 4095)],
@@ -72,7 +84,8 @@ WHOLE = (
     "cut-cross-entropy, unfiltered",
     "Liger",
 )
-SETS = {"full": ",".join(name for name in SHAPES if name.startswith("full"))}
+SCE = ("ours SCE", "ours SCE, deterministic", "SCE (torch)", "published SCE")
+SETS = {kind: ",".join(name for name in SHAPES if name.startswith(kind)) for kind in ("full", "sce")}
 
 
 class Problem:
@@ -85,6 +98,7 @@ class Problem:
         self.weight = torch.randn(shape.v + 1, shape.d, generator=generator, device="cuda") / shape.d**0.5
         self.target = torch.randint(1, shape.v + 1, (shape.n,), generator=generator, device="cuda")
         self.hidden.requires_grad_(), self.weight.requires_grad_()
+        self.covered: torch.Tensor | None = None  # by SCE, when it last ran
 
     def in_bf16(self) -> torch.Tensor:
         """A bf16 table in the place of the fp32 one."""
@@ -115,6 +129,71 @@ def ours_full(problem: Problem) -> Callable[[], torch.Tensor]:
     def loss() -> torch.Tensor:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             return ops.linear_cross_entropy(problem.hidden, problem.weight, problem.target, backend="triton")
+
+    return loss
+
+
+def ours_sce(problem: Problem, backend: str) -> Callable[[], torch.Tensor]:
+    """SCE of this package."""
+    n_buckets, size_x, size_y = problem.shape.buckets
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            value, covered = ops.scalable_cross_entropy(
+                problem.hidden,
+                problem.weight,
+                problem.target,
+                n_buckets=n_buckets,
+                bucket_size_x=size_x,
+                bucket_size_y=size_y,
+                return_coverage=True,
+                backend=backend,
+            )
+        if backend == "triton":
+            problem.covered = covered
+        return value
+
+    return loss
+
+
+def select(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """What SCE of this package does before it computes losses."""
+    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+
+    n_buckets, size_x, size_y = problem.shape.buckets
+    directions = torch.randn(n_buckets, problem.shape.d, device="cuda").bfloat16()
+    return (
+        kernels.top_rows(directions, problem.hidden.detach(), problem.target, size_x, 0),
+        kernels.top_rows(directions, problem.weight.detach(), None, size_y, 0),
+    )
+
+
+def deterministic_sce(problem: Problem) -> Callable[[], torch.Tensor]:
+    """SCE of this package, two runs bit-equal."""
+    torch.use_deterministic_algorithms(True)
+    return ours_sce(problem, "triton")
+
+
+def published_sce(problem: Problem, folder: Path) -> Callable[[], torch.Tensor]:
+    """The loss of the authors of SCE, a method of their model: all of it in bf16."""
+    module = import_apart(folder / "sce", "model")
+    n_buckets, size_x, size_y = problem.shape.buckets
+    model = SimpleNamespace(
+        log2feats=lambda _: problem.hidden,
+        item_emb=SimpleNamespace(weight=problem.in_bf16()),
+        pad_token=0,
+        n_buckets=n_buckets,
+        bucket_size_x=size_x,
+        bucket_size_y=size_y,
+        mix_x=False,
+    )
+
+    def loss() -> torch.Tensor:
+        torch.set_default_dtype(torch.bfloat16)  # of the random directions
+        try:
+            return module.SASRec.sce_forward(model, problem.target, problem.target)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
     return loss
 
@@ -199,6 +278,9 @@ def implementations(folder: Path | None) -> dict[str, Callable[[Problem], Callab
         "ours CCE": ours_full,
         "ours tile, deterministic": lambda problem: deterministic(problem, "tile"),
         "ours none, deterministic": lambda problem: deterministic(problem, "none"),
+        "ours SCE": lambda problem: ours_sce(problem, "triton"),
+        "ours SCE, deterministic": deterministic_sce,
+        "SCE (torch)": lambda problem: ours_sce(problem, "torch"),
         "CE- (torch)": torch_ce_minus,
         "CE (torch)": torch_ce,
         "linear_cross_entropy (torch)": torch_linear_ce,
@@ -206,7 +288,13 @@ def implementations(folder: Path | None) -> dict[str, Callable[[Problem], Callab
         "cut-cross-entropy, unfiltered": lambda problem: apple(problem, filter_eps=None),
         "Liger": liger,
     }
-    return ({"published CCE-": lambda problem: published(problem, folder)} if folder else {}) | found
+    if folder is None:
+        return found
+    return {
+        "published CCE-": lambda problem: published(problem, folder),
+        "published SCE": lambda problem: published_sce(problem, folder),
+        **found,
+    }
 
 
 def median_ms(function: Callable[[], Any], before: Callable[[], Any], seconds: float) -> float:
@@ -266,7 +354,13 @@ def measure_times_and_memory(make: Callable, shape: Shape, seconds: float) -> di
     # what was asked for: the allocator gives up to 1 MiB more a tensor, inputs included
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - inputs
     gradients = sum(t.numel() * t.element_size() for t in (problem.hidden.grad, problem.weight.grad))
-    return {
+    apart = {}
+    if problem.covered is not None:  # by SCE of this package
+        apart = {
+            "covered": problem.covered.float().mean().item(),
+            "selection_ms": median_ms(lambda _: select(problem), clear, seconds),
+        }
+    return apart | {
         "forward_ms": median_ms(lambda _: loss(), clear, seconds),
         "backward_ms": median_ms(lambda value: value.backward(), forward, seconds),
         "total_ms": median_ms(lambda _: loss().backward(), clear, seconds),
@@ -294,6 +388,25 @@ def floor_ms(shape: Shape, sharing: str) -> float:
     moved = 3 * shape.n * shape.d * 2 + table + max(rows * shape.d * 4 * (1 - L2 / table), table)
     products = 8 * pairs * shape.d / FLOPS if sharing != "none" else 0
     return 1e3 * max(products, moved / BYTES, 2 * pairs / EXPONENTIALS)
+
+
+def sce_floor_ms(shape: Shape, covered: float) -> float:
+    """Time of SCE on an H100: its products, exponentials and bytes, whichever takes longest.
+
+    Products: of the directions with all rows, of each bucket's positions with its items, and three times that for the
+    covered positions in the backward pass. Bytes: hidden states for the directions, as positions of buckets and of
+    winners, and their gradient; the table for the directions, its gradient, and the targets' vectors; the buckets'
+    items, twice gathered and once added. Of gathered rows as many cost nothing as the L2 cache holds of the matrix.
+    """
+    n_buckets, size_x, size_y = shape.buckets
+    winners = covered * shape.n
+    products = n_buckets * (shape.n + shape.v) + (n_buckets * size_x + 3 * winners) * size_y
+    exponentials = (n_buckets * size_x + 2 * winners) * size_y
+    hidden, table = shape.n * shape.d * 2, shape.v * shape.d * 4
+    positions = (n_buckets * size_x + winners) * shape.d * 2 * max(0, 1 - L2 / hidden)
+    items = (3 * n_buckets * size_y + shape.n + 2 * winners) * shape.d * 4 * max(0, 1 - L2 / table)
+    moved = 2 * hidden + 2 * table + positions + items
+    return 1e3 * max(2 * products * shape.d / FLOPS, moved / BYTES, exponentials / EXPONENTIALS)
 
 
 def figure(rows: list[dict[str, Any]], axis: str, output: Path) -> None:
@@ -325,12 +438,14 @@ def run(names: list[str], shapes: list[Shape], found: dict, seconds: float) -> l
     rows, whole = [], {}
     for shape in shapes:
         for name in names:
+            if (name in SCE) != (shape.buckets is not None):
+                continue
             key = name, replace(shape, k=0)
             result = whole[key] if key in whole else measure(found[name], shape, seconds)
             if name in WHOLE:
                 whole[key] = result
             rows.append(
-                {"name": name, "n": shape.n, "v": shape.v, "d": shape.d, "k": shape.k, **result}
+                {"name": name, **asdict(shape), **result}
                 | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
             )
             print(shape, "|", name, "|", {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()})
@@ -342,7 +457,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, help="checkout of the published CCE- code")
-    parser.add_argument("--shapes", default="a,b,c,d", help="names, or full: all of the losses over the catalogue")
+    parser.add_argument("--shapes", default="a,b,c,d", help="names; full or sce: all of a kind")
     parser.add_argument("--only", help="names of implementations, separated by ;")
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=[], help="also sweep K or V and draw the figure")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each median")
@@ -360,19 +475,28 @@ def main() -> None:
         swept = run([name for name in names if "deterministic" not in name], SWEEPS[axis], found, args.seconds)
         figure(swept, axis, args.output)
         rows += swept
-    fields = list(dict.fromkeys(field for row in rows for field in row))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     with open(args.output / "losses.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+    for row in rows:
+        if "covered" in row:
+            loss_ms = row["forward_ms"] - row["selection_ms"]
+            print(
+                f"{row['name']}, {row['n']} x {row['v']} x {row['d']}: selection {row['selection_ms']:.2f}, "
+                f"loss {loss_ms:.2f}, backward {row['backward_ms']:.2f} ms; {row['covered']:.1%} of positions covered"
+            )
     print("\n| shape | implementation | forward | backward | total, ms | floor, ms | MiB beyond inputs and gradients |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        shape = Shape(row["n"], row["v"], row["d"], row["k"])
+        shape = Shape(*(row[field.name] for field in fields(Shape)))
         sharing = next((s for s in ("tile", "none", "batch") if s in row["name"].split(",")[0].split()), None)
         floor = f"{floor_ms(shape, sharing):.2f}" if sharing else ""
         if row["name"] == "ours CCE":
             floor = f"{full_floor_ms(shape):.2f}"
+        if "covered" in row:
+            floor = f"{sce_floor_ms(shape, row['covered']):.2f}"
         if "error" in row:
             print(f"| {shape} | {row['name']} | {row['error']} | | | | |")
         else:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from recbole_cce import ops
 from recbole_cce.ops import negatives
 from recbole_cce.ops.sampled_binary_cross_entropy import gbce_beta
+from recbole_cce.ops.scalable_cross_entropy import auto_size
 
 
 class Loss(nn.Module):
@@ -124,9 +125,11 @@ class CEMinus(SampledLoss):
 
 
 class SCE(Loss):
-    """Scalable cross-entropy over random-projection buckets (arXiv 2409.18721): ops.scalable_cross_entropy."""
+    """Scalable cross-entropy over random-projection buckets (arXiv 2409.18721): ops.scalable_cross_entropy.
 
-    capturable = False  # the sizes of buckets follow from the number of targets
+    `auto` counts the rows it is given, which is known without waiting for the device: the model passes rows with a
+    target only, or, in a step of fixed size, places for as many as a batch can have.
+    """
 
     def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
         super().__init__(config, counts)
@@ -138,13 +141,16 @@ class SCE(Loss):
         self.register_buffer("seen", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        n_buckets, bucket_size_x = (
+            max(1, auto_size(len(target))) if size == "auto" else size for size in (self.n_buckets, self.bucket_size_x)
+        )
         with self.precision(hidden.device):
             loss, covered = ops.scalable_cross_entropy(
                 hidden,
                 weight,
                 target,
-                n_buckets=self.n_buckets,
-                bucket_size_x=self.bucket_size_x,
+                n_buckets=n_buckets,
+                bucket_size_x=bucket_size_x,
                 bucket_size_y=self.bucket_size_y,
                 mix_x=self.mix_x,
                 return_coverage=True,

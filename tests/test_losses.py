@@ -117,11 +117,11 @@ def test_scalable(mix_x, sizes):
     hidden, target, weight = problem()
     rows = target.nonzero().squeeze(1)
     if sizes[0] == "auto":
-        auto = int(2 * math.sqrt(len(rows)))
+        auto = int(2 * math.sqrt(N))
         sizes = (auto, auto, V)  # 256, and the catalogue has fewer
     torch.manual_seed(7)
-    positions, items = scalable.select_buckets(hidden[rows], weight, *sizes, mix_x, 0, None)
-    loss, covered = naive.scalable(hidden, weight, target, rows[positions], items)
+    positions, items = scalable.select_buckets(hidden, weight, target, *sizes, mix_x, 0, None)
+    loss, covered = naive.scalable(hidden, weight, target, positions, items)
     loss[covered].mean().backward()
     truth = loss[covered].mean().detach(), hidden.grad, weight.grad
     hidden, target, weight = problem()

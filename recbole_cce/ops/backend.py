@@ -10,7 +10,7 @@ import os
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
-KERNELS = ("linear_cross_entropy", "sampled_cross_entropy")  # ops that have Triton kernels
+KERNELS = ("linear_cross_entropy", "sampled_cross_entropy", "scalable_cross_entropy")  # ops that have Triton kernels
 MIN_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores
 MAX_DIM = 512  # columns whose sums still fit in the registers of a program
 

@@ -8,9 +8,11 @@ import torch
 
 from recbole_cce.ops import backend as backends
 from recbole_cce.ops import checks
+from recbole_cce.ops.reference import autocast_rounding
 from recbole_cce.ops.reference import scalable_cross_entropy as reference
 
 AUTO_BUCKET_SIZE_Y = 256
+MAX_SLOTS = 2**31 - 1
 
 
 def scalable_cross_entropy(
@@ -43,7 +45,8 @@ def scalable_cross_entropy(
         weight: [V+1, D] item table.
         target: [N] int64 rows of `weight`; rows equal to `padding_idx` are removed before anything else.
         n_buckets: B; "auto": int(2 sqrt(n)).
-        bucket_size_x: X, at most n are used; "auto": int(2 sqrt(n)).
+        bucket_size_x: X, at most n are used; "auto": int(2 sqrt(n)). Counting n for "auto" waits for the device, unless
+            padding_idx is None; with numbers nothing does.
         bucket_size_y: Y, at most V are used; "auto": 256.
         mix_x: directions are Gaussian combinations of the hidden states instead of Gaussian vectors.
         generator: source of the directions; the device's default one if None.
@@ -68,24 +71,38 @@ def scalable_cross_entropy(
     for name, size in (("n_buckets", n_buckets), ("bucket_size_x", bucket_size_x), ("bucket_size_y", bucket_size_y)):
         if size != "auto":
             checks.check_count(name, size)
-    backends.choose("scalable_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
-
     if generator is not None and generator.device.type != input.device.type:
         raise ValueError(f"generator: is on {generator.device}, input on {input.device}")
-
-    rows = checks.counted(target, padding_idx).nonzero().squeeze(1)
-    auto = int(2 * math.sqrt(len(rows)))
+    if "auto" in (n_buckets, bucket_size_x):
+        auto = auto_size(len(target) if padding_idx is None else int(checks.counted(target, padding_idx).sum()))
+        n_buckets, bucket_size_x = (auto if size == "auto" else size for size in (n_buckets, bucket_size_x))
+    size_x = min(bucket_size_x, len(input))
     num_items = len(weight) - (padding_idx is not None)
-    positions, items = reference.select_buckets(
-        input[rows],
-        weight,
-        auto if n_buckets == "auto" else n_buckets,
-        min(auto if bucket_size_x == "auto" else bucket_size_x, len(rows)),
-        min(AUTO_BUCKET_SIZE_Y if bucket_size_y == "auto" else bucket_size_y, num_items),
-        mix_x,
-        padding_idx,
-        generator,
-    )
-    loss, covered = reference.bucket_cross_entropy(input, weight, target, rows[positions], items)
+    size_y = min(AUTO_BUCKET_SIZE_Y if bucket_size_y == "auto" else bucket_size_y, num_items)
+    if n_buckets * (size_x + size_y) > MAX_SLOTS:
+        raise ValueError(
+            f"n_buckets: {n_buckets} buckets of {size_x} positions and {size_y} items are too many; all of them "
+            f"together hold at most {MAX_SLOTS}"
+        )
+    rounding = autocast_rounding(input, weight)
+    dtypes = (input.dtype, weight.dtype, rounding)
+    chosen = backends.choose("scalable_cross_entropy", backend, input.device, dtypes, input.size(1))
+    if chosen == "triton":
+        from recbole_cce.ops.triton import scalable_cross_entropy as kernels  # triton may be missing elsewhere
+
+        directions = reference.random_directions(input, weight, target, n_buckets, mix_x, padding_idx, generator)
+        loss, covered = kernels.scalable_cross_entropy(
+            input, weight, target, directions, size_x, size_y, padding_idx, rounding
+        )
+    else:
+        buckets = reference.select_buckets(
+            input, weight, target, n_buckets, size_x, size_y, mix_x, padding_idx, generator
+        )
+        loss, covered = reference.bucket_cross_entropy(input, weight, target, *buckets)
     loss = checks.reduce(loss, checks.number(covered), reduction)
     return (loss, covered) if return_coverage else loss
+
+
+def auto_size(positions: int) -> int:
+    """Buckets, and positions in each, for so many positions: the authors' rule."""
+    return int(2 * math.sqrt(positions))

@@ -53,3 +53,18 @@ def scalable(hidden, weight, target, positions, items):
     covered = torch.tensor([loss is not None for loss in best])
     zero = hidden.new_zeros(())
     return torch.stack([zero if loss is None else loss for loss in best]), covered
+
+
+def published_scalable(hidden, weight, target, directions, size_x, size_y):
+    """The mean loss as the authors of SCE compute it, from whole score matrices; row 0 of `weight` is padding."""
+    with torch.no_grad():
+        positions = (directions @ hidden.T).topk(size_x, dim=1).indices
+        items = (directions @ weight[1:].T).topk(size_y, dim=1).indices + 1
+    logits = hidden[positions] @ weight[items].transpose(1, 2)
+    logits = logits.masked_fill(items[:, None, :] == target[positions][:, :, None], -math.inf)
+    own = (hidden * weight[target]).sum(1)[positions]
+    logits = torch.cat([logits, own[:, :, None]], dim=2).flatten(0, 1)
+    last = torch.full((len(logits),), size_y, device=logits.device)
+    loss = F.cross_entropy(logits, last, reduction="none")
+    largest = loss.new_zeros(len(hidden)).scatter_reduce(0, positions.flatten(), loss, "amax", include_self=False)
+    return largest[largest != 0].mean()

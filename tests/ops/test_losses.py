@@ -85,17 +85,17 @@ def test_sampled_binary(dtype, sharing, beta):
 def test_scalable(dtype, mix_x):
     hidden, weight, target = problem(n=60, dtype=dtype)
     sizes = {"n_buckets": 6, "bucket_size_x": 15, "bucket_size_y": 11, "mix_x": mix_x}
-    rows = (target != 0).nonzero().squeeze(1)
     positions, items = scalable_reference.select_buckets(
-        hidden[rows], weight, 6, 15, 11, mix_x, 0, torch.Generator().manual_seed(4)
+        hidden, weight, target, 6, 15, 11, mix_x, 0, torch.Generator().manual_seed(4)
     )
     covered = torch.zeros(60, dtype=torch.bool)
-    covered[rows[positions.unique()]] = True
+    covered[positions.unique()] = True
+    assert (target[covered] != 0).all()
     check(
         lambda h, w: ops.scalable_cross_entropy(
             h, w, target, reduction="none", generator=torch.Generator().manual_seed(4), **sizes
         ),
-        lambda h, w: naive.scalable(h, w, target, rows[positions], items)[0],
+        lambda h, w: naive.scalable(h, w, target, positions, items)[0],
         hidden,
         weight,
         target,
@@ -107,9 +107,9 @@ def test_scalable(dtype, mix_x):
 
 
 def test_scalable_selects_the_nearest():
-    hidden, weight, _ = problem(n=50, v=40)
+    hidden, weight, target = problem(n=50, v=40, ignored=0)
     generator = torch.Generator().manual_seed(1)
-    positions, items = scalable_reference.select_buckets(hidden, weight, 5, 7, 6, False, 0, generator)
+    positions, items = scalable_reference.select_buckets(hidden, weight, target, 5, 7, 6, False, 0, generator)
     directions = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
     for b, direction in enumerate(directions):
         assert set(positions[b].tolist()) == set((hidden @ direction).argsort()[-7:].tolist())
@@ -121,7 +121,10 @@ def test_scalable_selects_the_nearest():
 def test_mixed_directions_are_combinations_of_hidden_states():
     hidden = torch.zeros(30, 12)
     hidden[:, :4] = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
-    directions = scalable_reference.random_directions(hidden, 8, True, torch.Generator().manual_seed(0))
+    hidden[20:] = torch.nan  # of positions that are ignored
+    target = torch.arange(30) < 20
+    generator = torch.Generator().manual_seed(0)
+    directions = scalable_reference.random_directions(hidden, hidden, target.long(), 8, True, 0, generator)
     assert (directions[:, 4:] == 0).all() and (directions[:, :4] != 0).any()
 
 
@@ -354,6 +357,11 @@ def test_wrong_sampling(op, kwargs, message):
 def test_wrong_bucket_sizes(name):
     with pytest.raises(ValueError, match=f"{name}: 0 is not valid; it takes an integer >= 1"):
         call("scalable", *problem(), **{name: 0})
+
+
+def test_buckets_larger_than_memory():
+    with pytest.raises(ValueError, match="n_buckets: 1000000000 buckets of 9 positions and 6 items are too many"):
+        call("scalable", *problem(), n_buckets=10**9)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from recbole_cce.ops import reference
+from recbole_cce.ops import checks, reference
 
 
 @torch.no_grad()
 def select_buckets(
     input: torch.Tensor,
     weight: torch.Tensor,
+    target: torch.Tensor,
     n_buckets: int,
     bucket_size_x: int,
     bucket_size_y: int,
@@ -25,48 +27,58 @@ def select_buckets(
     """The positions and items nearest to random directions (SCE paper, section 3).
 
     Args:
-        input: [N, D] hidden states of valid positions only.
+        input: [N, D] hidden states.
         weight: [V+1, D] item table.
+        target: [N]; positions whose target is padding_idx are in no bucket.
         n_buckets, bucket_size_x, bucket_size_y: B, X <= N and Y <= V.
         mix_x: directions are Gaussian combinations of the hidden states instead of Gaussian vectors.
         padding_idx: row that is no item, or None.
         generator: source of the directions; the device's default if None.
 
     Returns:
-        positions [B, X] and items [B, Y], int64.
+        positions [B, X] and items [B, Y], int64; -1 where there are not enough positions.
     """
-    rounding, dtype = reference.autocast_rounding(input, weight), reference.math_dtype(input, weight)
-    with torch.autocast(input.device.type, enabled=False):
-        directions = random_directions(input, n_buckets, mix_x, generator, rounding, dtype)
-        positions = top_rows(directions, input, bucket_size_x, None, rounding)
-        items = top_rows(directions, weight, bucket_size_y, padding_idx, rounding)
-    return positions, items
+    rounding = reference.autocast_rounding(input, weight)
+    directions = random_directions(input, weight, target, n_buckets, mix_x, padding_idx, generator)
+    positions = top_rows(directions, input, bucket_size_x, checks.counted(target, padding_idx), rounding)
+    rows = torch.arange(len(weight), device=weight.device)
+    return positions, top_rows(directions, weight, bucket_size_y, checks.counted(rows, padding_idx), rounding)
 
 
+@torch.no_grad()
 def random_directions(
     input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
     n_buckets: int,
     mix_x: bool,
+    padding_idx: int | None,
     generator: torch.Generator | None,
-    rounding: torch.dtype | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """[B, D] bucket centres."""
+    """[B, D] bucket centres, fp32 (fp64 for fp64) numbers of as many digits as those that they are multiplied with."""
+    rounding, dtype = reference.autocast_rounding(input, weight), reference.math_dtype(input, weight)
     options = {"generator": generator, "dtype": dtype, "device": input.device}
-    if not mix_x:
-        return torch.randn(n_buckets, input.size(1), **options)
-    directions = torch.zeros(n_buckets, input.size(1), dtype=dtype, device=input.device)
-    for rows in input.split(max(1, reference.CHUNK_ELEMENTS // max(n_buckets, input.size(1)))):
-        directions += torch.randn(n_buckets, len(rows), **options) @ reference.read(rows, rounding, dtype)
-    return directions
+    with torch.autocast(input.device.type, enabled=False):
+        if mix_x:
+            directions = torch.zeros(n_buckets, input.size(1), dtype=dtype, device=input.device)
+            size = max(1, reference.CHUNK_ELEMENTS // max(1, n_buckets, input.size(1)))
+            counted = checks.counted(target, padding_idx)
+            for hidden, mask in zip(input.split(size), counted.split(size), strict=True):
+                hidden = reference.read(hidden, rounding, dtype).masked_fill(~mask[:, None], 0)
+                directions += torch.randn(n_buckets, len(hidden), **options) @ hidden
+            directions = F.normalize(directions, dim=1)  # fp16 could not hold sums over all positions
+        else:
+            directions = torch.randn(n_buckets, input.size(1), **options)
+        return reference.read(directions, rounding or torch.promote_types(input.dtype, weight.dtype), dtype)
 
 
 def top_rows(
-    directions: torch.Tensor, table: torch.Tensor, k: int, excluded: int | None, rounding: torch.dtype | None
+    directions: torch.Tensor, table: torch.Tensor, k: int, candidates: torch.Tensor, rounding: torch.dtype | None
 ) -> torch.Tensor:
     """[B, k] the rows of `table` with the largest inner product with each direction, in no particular order.
 
-    Chunks of the table, and the best k so far: neither all scores nor a copy of the table is in memory.
+    Only of `candidates` [rows] bool; -1 stands for what is missing then. Chunks of the table, and the best k so far:
+    neither all scores nor a copy of the table is in memory.
     """
     n_buckets, dim = directions.shape
     # not below k rows: the result [B, k] is there anyway, and smaller chunks would only merge more often
@@ -74,15 +86,16 @@ def top_rows(
     best = directions.new_empty(n_buckets, 0)
     chosen = torch.empty(n_buckets, 0, dtype=torch.int64, device=table.device)
     for start in range(0, len(table), size):
-        scores = directions @ reference.read(table[start : start + size], rounding, directions.dtype).T
-        if excluded is not None and start <= excluded < start + size:
-            scores[:, excluded - start] = -torch.inf
+        part = slice(start, start + size)
+        with torch.autocast(table.device.type, enabled=False):
+            scores = directions @ reference.read(table[part], rounding, directions.dtype).T
+        scores.masked_fill_(~candidates[part], -torch.inf)
         top = scores.topk(min(k, scores.size(1)), dim=1, sorted=False)
         best, chosen = torch.cat([best, top.values], dim=1), torch.cat([chosen, top.indices + start], dim=1)
         if best.size(1) > k:
             best, index = best.topk(k, dim=1, sorted=False)
             chosen = chosen.gather(1, index)
-    return chosen
+    return chosen.masked_fill(best == -torch.inf, -1)
 
 
 def bucket_cross_entropy(
@@ -92,8 +105,8 @@ def bucket_cross_entropy(
 
     Args:
         input, weight, target: [N, D], [V+1, D], [N].
-        positions: [B, X] positions in each bucket, each at most once in a bucket.
-        items: [B, Y] items in each bucket.
+        positions: [B, X] positions in each bucket, each at most once in a bucket; -1 is none.
+        items: [B, Y] items in each bucket; -1 is none.
 
     Returns:
         loss [N], 0 at positions in no bucket, and covered [N] bool.
@@ -116,23 +129,23 @@ class BucketCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = reference.math_dtype(input, weight)
         n, n_buckets = len(input), len(positions)
-        largest, total = torch.zeros(2, n, dtype=dtype, device=input.device)
-        loss = torch.full_like(total, -torch.inf)
+        largest, total = torch.zeros(2, n + 1, dtype=dtype, device=input.device)  # the last is of those that do not win
+        loss = torch.full((n,), -torch.inf, dtype=dtype, device=input.device)
         winner = torch.full((n,), n_buckets, device=input.device)
         with torch.autocast(input.device.type, enabled=False):
             for bucket, position in chunks(positions, items, input.size(1)):
                 scores, own, _, _ = bucket_logits(input, weight, target, position, items[bucket], rounding, dtype)
                 top, mass = reference.add_logits(own, torch.ones_like(own), scores)
-                value = (mass.log() + (top - own)).flatten()
+                value = (mass.log() + (top - own)).masked_fill(position < 0, -torch.inf).flatten()
                 number = bucket[:, None].expand_as(position).flatten()
-                position = position.flatten()
+                position = position.clamp(min=0).flatten()
                 before = loss.clone()
                 loss.scatter_reduce_(0, position, value, "amax")
                 best = (value == loss[position]) & (value > before[position])  # an earlier bucket wins a tie
                 winner.masked_fill_(loss > before, n_buckets)
-                winner.scatter_reduce_(0, position[best], number[best], "amin")
-                won = best & (winner[position] == number)
-                largest[position[won]], total[position[won]] = top.flatten()[won], mass.flatten()[won]
+                winner.scatter_reduce_(0, position, number.where(best, n_buckets), "amin")
+                place = position.where(best & (winner[position] == number), n)
+                largest.scatter_(0, place, top.flatten()), total.scatter_(0, place, mass.flatten())
         covered = (winner < n_buckets) | loss.isnan()  # NaN equals nothing, so that it has no winner
         loss.masked_fill_(~covered, 0)
         ctx.rounding = rounding
@@ -153,10 +166,11 @@ class BucketCrossEntropy(torch.autograd.Function):
                 scores, own, hidden, vectors = bucket_logits(
                     input, weight, target, position, items[bucket], ctx.rounding, dtype
                 )
-                # losers get 0; their denominator is that of another bucket, so clamp what could overflow
-                won = winner[position] == bucket[:, None]
+                # losers get 0, and a denominator that is one of theirs, so that nothing overflows
+                won = (winner[position] == bucket[:, None]) & (position >= 0)
+                position = position.clamp(min=0)
                 scale = grad[position].to(dtype).where(won, 0)
-                top, mass = largest[position], total[position]
+                top, mass = largest[position].where(won, own), total[position].where(won, 1)
                 softmax = scores.sub_(top[:, :, None]).clamp_(max=0).exp_().mul_((scale / mass)[:, :, None])
                 slope = ((own - top - mass.log()).expm1() * scale)[:, :, None]
                 own_item = target[position]
@@ -165,7 +179,7 @@ class BucketCrossEntropy(torch.autograd.Function):
                     grad_input.index_add_(0, position.flatten(), (softmax @ vectors + to_own).flatten(0, 1))
                 if weight_needed:
                     to_items = softmax.transpose(1, 2) @ hidden
-                    grad_weight.index_add_(0, items[bucket].flatten(), to_items.flatten(0, 1))
+                    grad_weight.index_add_(0, items[bucket].clamp(min=0).flatten(), to_items.flatten(0, 1))
                     grad_weight.index_add_(0, own_item.flatten(), (slope * hidden).flatten(0, 1))
         return reference.cast(grad_input, input), reference.cast(grad_weight, weight), None, None, None, None
 
@@ -189,11 +203,12 @@ def bucket_logits(
     rounding: torch.dtype | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of b buckets: logits [b, X, Y], -inf at own targets; own logits [b, X]; hidden states and item vectors."""
+    """Of b buckets: logits [b, X, Y], -inf at own targets and -1; own logits [b, X]; hidden states and item vectors."""
+    position = position.clamp(min=0)
     hidden = reference.read(input[position], rounding, dtype)
-    vectors = reference.read(weight[item], rounding, dtype)
+    vectors = reference.read(weight[item.clamp(min=0)], rounding, dtype)
     own_item = target[position]
     scores = hidden @ vectors.transpose(1, 2)
-    scores.masked_fill_(item[:, None, :] == own_item[:, :, None], -torch.inf)
+    scores.masked_fill_((item[:, None, :] == own_item[:, :, None]) | (item < 0)[:, None, :], -torch.inf)
     own = (hidden * reference.read(weight[own_item], rounding, dtype)).sum(2)
     return scores, own, hidden, vectors

@@ -1,0 +1,239 @@
+"""The k rows of a table with the largest inner product with each of many directions, without all of these products.
+
+A row's key for a direction holds its score and, below it, its number: keys differ, of equal scores the lowest row's is
+the larger. So there is one answer, whatever the order in which keys are collected:
+
+1. Score a sample of the rows and keep the largest key of each group of them. The k-th largest of these is a bound: at
+   least k rows reach it.
+2. Score all rows, and collect the keys that reach the bound of their direction: a few times k.
+3. Select k of them. A direction for which there were more than its share of memory holds scans the table alone.
+"""
+
+import triton
+import triton.language as tl
+
+from recbole_cce.ops.triton.full_kernels import halves
+from recbole_cce.ops.triton.tile_kernels import load_rows
+
+EMPTY = tl.constexpr(-(2**63))  # below all keys: a row that is no candidate
+
+
+@triton.jit
+def make_keys(b_s, o_r):
+    """int64 keys of the scores `b_s` of rows `o_r` (int32). NaN counts as the largest score."""
+    b_s = tl.where(b_s == b_s, b_s + 0.0, float("nan"))  # one zero and one NaN
+    bits = b_s.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - o_r).to(tl.int64)
+
+
+@triton.jit
+def candidates(o_r, y_ptr, num_rows, padding_idx, stride_y):
+    """Which of the rows `o_r` can be selected: those with a target y, or all but padding_idx where there is no y."""
+    m_r = o_r < num_rows
+    if y_ptr is not None:
+        b_y = tl.load(y_ptr + o_r.to(tl.int64) * stride_y, mask=m_r, other=0)
+        return m_r & (b_y != padding_idx)
+    else:
+        return m_r & (o_r != padding_idx)
+
+
+@triton.jit
+def sampled_rows(o_j, spacing):
+    """One row of each `spacing`, at places without a pattern: neighbours are alike, and so may be every fourth row."""
+    places = (o_j.to(tl.uint32) * 2654435761) >> 16
+    return o_j * spacing + (places % spacing.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def collect(b_s, o_r, m_r, o_b, last, bound_ptr, count_ptr, key_ptr, capacity):
+    """Add the keys of rows x directions that reach the direction's bound to those it has, in any order."""
+    b_key = make_keys(b_s, o_r[:, None])
+    b_bound = tl.load(bound_ptr + o_b, mask=o_b < last, other=0)
+    m_key = (b_key >= b_bound[None, :]) & m_r[:, None] & (o_b < last)[None, :]
+    p_count = count_ptr + o_b[None, :] + tl.zeros(b_s.shape, tl.int32)
+    o_slot = tl.atomic_add(p_count, 1, mask=m_key, sem="relaxed")
+    p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
+    tl.store(p_key + o_slot, b_key, mask=m_key & (o_slot < capacity))
+
+
+@triton.jit
+def score_kernel(
+    direction_ptr,
+    table_ptr,
+    y_ptr,
+    bound_ptr,
+    count_ptr,
+    key_ptr,
+    num_rows,
+    num_directions,
+    directions_each,
+    padding_idx,
+    capacity,
+    num_samples,
+    spacing,
+    stride_tn,
+    stride_td,
+    stride_y,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """One program: the keys of BM rows for `directions_each` directions, BN at a time.
+
+    key [directions, capacity]. MODE "sample": the largest key of each GROUP sampled rows. MODE "all": the key of each
+    row. MODE "reach": in any order the keys that reach bound [directions], of which count [directions] says how many
+    there are; those beyond the capacity are lost.
+    """
+    i_m = tl.program_id(0)
+    o_d = tl.arange(0, BD)
+    if MODE == "sample":
+        o_j = i_m + tl.arange(0, BM) * tl.num_programs(0)  # neighbours are in different groups
+        o_r = tl.where(o_j < num_samples, sampled_rows(o_j, spacing), num_rows)
+    else:
+        o_r = i_m * BM + tl.arange(0, BM)
+    m_r = candidates(o_r, y_ptr, num_rows, padding_idx, stride_y)
+    b_t = load_rows(table_ptr, o_r, stride_tn, stride_td, m_r, o_d, D, DTYPE)
+    first = tl.program_id(1) * directions_each
+    last = tl.minimum(first + directions_each, num_directions)
+    for i in range(first, last, BN):
+        o_b = i + tl.arange(0, BN)
+        m_b = o_b < last
+        b_b = load_rows(direction_ptr, o_b, D, 1, m_b, o_d, D, DTYPE)
+        b_s = tl.dot(b_t, tl.trans(b_b), input_precision=PRECISION)
+        if MODE == "reach":  # a quarter of the columns at a time, which saves registers
+            b_s0, b_s1 = halves(b_s)
+            b_s00, b_s01 = halves(b_s0)
+            b_s10, b_s11 = halves(b_s1)
+            o_q = i + 4 * tl.arange(0, BN // 4)
+            collect(b_s00, o_r, m_r, o_q, last, bound_ptr, count_ptr, key_ptr, capacity)
+            collect(b_s10, o_r, m_r, o_q + 1, last, bound_ptr, count_ptr, key_ptr, capacity)
+            collect(b_s01, o_r, m_r, o_q + 2, last, bound_ptr, count_ptr, key_ptr, capacity)
+            collect(b_s11, o_r, m_r, o_q + 3, last, bound_ptr, count_ptr, key_ptr, capacity)
+        else:
+            b_key = tl.where(m_r[:, None] & m_b[None, :], make_keys(b_s, o_r[:, None]), EMPTY)
+            p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
+            if MODE == "sample":
+                b_key = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP, BN]), 1)
+                o_g = i_m * (BM // GROUP) + tl.arange(0, BM // GROUP)
+                tl.store(p_key + o_g[:, None], b_key, mask=m_b[None, :])
+            else:
+                tl.store(p_key + o_r[:, None], b_key, mask=(o_r < num_rows)[:, None] & m_b[None, :])
+
+
+@triton.jit
+def kth_key(key_ptr, count, k, BLOCK: tl.constexpr):
+    """A number that k of the `count` different keys reach, EMPTY if there are not more: bit by bit from the highest."""
+    o_k = tl.arange(0, BLOCK)
+    b_key = tl.load(key_ptr + o_k, mask=o_k < count, other=EMPTY)
+    bound = tl.full((), EMPTY, tl.int64)
+    reached = tl.full((), 0, tl.int32) + count
+    bit = tl.full((), 63, tl.int64)
+    while (bit >= 0) & (reached != k):
+        trial = bound + (tl.full((), 1, tl.int64) << bit)
+        number = tl.sum((b_key >= trial).to(tl.int32), 0)
+        for start in range(BLOCK, count, BLOCK):
+            b_more = tl.load(key_ptr + start + o_k, mask=start + o_k < count, other=EMPTY)
+            number += tl.sum((b_more >= trial).to(tl.int32), 0)
+        enough = number >= k
+        bound = tl.where(enough, trial, bound)
+        reached = tl.where(enough, number, reached)
+        bit -= 1
+    return bound
+
+
+@triton.jit
+def bound_kernel(key_ptr, bound_ptr, count_ptr, count, capacity, k, BLOCK: tl.constexpr):
+    """One program: the bound of a direction from the keys of its sample; nothing is collected yet."""
+    i_b = tl.program_id(0)
+    tl.store(bound_ptr + i_b, kth_key(key_ptr + i_b.to(tl.int64) * capacity, count, k, BLOCK))
+    tl.store(count_ptr + i_b, 0)
+
+
+@triton.jit
+def scan(
+    key_ptr, direction_ptr, table_ptr, y_ptr, num_rows, padding_idx, capacity, k, stride_tn, stride_td, stride_y,
+    D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Collect keys of the whole table for one direction; whenever the memory is full, only the k largest stay."""
+    o_d = tl.arange(0, BD)
+    o_k = tl.arange(0, BLOCK)
+    b_b = tl.load(direction_ptr + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    bound = tl.full((), EMPTY, tl.int64)
+    count = 0
+    for start in range(0, num_rows, BR):
+        o_r = start + tl.arange(0, BR)
+        m_r = candidates(o_r, y_ptr, num_rows, padding_idx, stride_y)
+        b_t = load_rows(table_ptr, o_r, stride_tn, stride_td, m_r, o_d, D, DTYPE).to(tl.float32)
+        b_key = make_keys(tl.sum(b_t * b_b[None, :], 1), o_r)
+        m_r &= b_key >= bound
+        tl.store(key_ptr + count + tl.cumsum(m_r.to(tl.int32), 0) - 1, b_key, mask=m_r)
+        count += tl.sum(m_r.to(tl.int32), 0)
+        if count > capacity - BR:
+            tl.debug_barrier()
+            bound = kth_key(key_ptr, count, k, BLOCK)
+            kept = 0
+            for first in range(0, count, BLOCK):
+                b_kept = tl.load(key_ptr + first + o_k, mask=first + o_k < count, other=EMPTY)
+                m_k = (b_kept >= bound) & (b_kept != EMPTY)
+                tl.debug_barrier()  # the places written here have been read, by this or another thread
+                tl.store(key_ptr + kept + tl.cumsum(m_k.to(tl.int32), 0) - 1, b_kept, mask=m_k)
+                kept += tl.sum(m_k.to(tl.int32), 0)
+            count = kept
+            tl.debug_barrier()
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def select_kernel(
+    direction_ptr,
+    table_ptr,
+    y_ptr,
+    count_ptr,
+    key_ptr,
+    out_ptr,
+    num_rows,
+    padding_idx,
+    capacity,
+    k,
+    stride_tn,
+    stride_td,
+    stride_y,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One program: the rows out [directions, k] of the k largest keys of a direction; -1 where there are fewer.
+
+    Without count_ptr the keys of all rows are there.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    p_key = key_ptr + i_b * capacity
+    p_out = out_ptr + i_b * k
+    count = num_rows
+    if count_ptr is not None:
+        count = tl.load(count_ptr + i_b)
+        if count > capacity:
+            count = scan(
+                p_key, direction_ptr + i_b * D, table_ptr, y_ptr, num_rows, padding_idx, capacity, k, stride_tn,
+                stride_td, stride_y, D, BD, BR, BLOCK, DTYPE,
+            )  # fmt: skip
+    bound = kth_key(p_key, count, k, BLOCK)
+    o_k = tl.arange(0, BLOCK)
+    filled = 0
+    for start in range(0, count, BLOCK):
+        b_key = tl.load(p_key + start + o_k, mask=start + o_k < count, other=EMPTY)
+        m_k = (b_key >= bound) & (b_key != EMPTY)
+        b_row = 0x7FFFFFFF - (b_key & 0x7FFFFFFF).to(tl.int32)
+        tl.store(p_out + filled + tl.cumsum(m_k.to(tl.int32), 0) - 1, b_row, mask=m_k)
+        filled += tl.sum(m_k.to(tl.int32), 0)
+    for start in range(filled, k, BLOCK):
+        tl.store(p_out + start + o_k, -1, mask=start + o_k < k)

@@ -1,0 +1,541 @@
+"""The Triton kernels of SCE: exactly the rows that a whole sort selects, the formula within its error, every use.
+
+On a GPU all combinations run. Without one, a few run in Triton's interpreter, and the kernels are compiled.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recbole_cce import ops
+from recbole_cce.ops.reference import scalable_cross_entropy as reference
+from tests.ops import naive
+from tests.ops.compiling import POINTERS, compiled, need_triton
+from tests.ops.problems import check, problem
+from tests.ops.test_sampled_kernels import DTYPES, assert_close, needs_gpu, run_python
+
+SIZES = {"n_buckets": 6, "bucket_size_x": 40, "bucket_size_y": 30}
+POINTERS = POINTERS | {
+    "direction_ptr": "*bf16", "table_ptr": "*fp32", "bound_ptr": "*i64", "count_ptr": "*i32", "key_ptr": "*i64",
+    "position_ptr": "*i32", "item_ptr": "*i32", "winner_ptr": "*i32", "own_ptr": "*fp32", "best_ptr": "*i64",
+    "covered_ptr": "*i1", "grad_h_ptr": "*bf16", "out_ptr": "*i32",
+}  # fmt: skip
+
+
+def first_by_score(directions, table, candidates, k):
+    """[B, k] rows with the largest scores in fp64, of equal ones the lowest, ascending; -1 for what is missing."""
+    scores = directions.double() @ table.double().T
+    scores[:, ~candidates] = -torch.inf
+    ordered = scores.sort(dim=1, descending=True, stable=True)
+    rows = ordered.indices.masked_fill(ordered.values == -torch.inf, -1)[:, :k]
+    missing = rows.new_full((len(rows), k - rows.size(1)), -1)
+    return torch.cat([rows, missing], dim=1).sort(dim=1).values
+
+
+def check_selection(n_buckets, rows, d, k, dtype=torch.float32, with_target=True, device="cpu"):
+    """Small integers: products are exact in all dtypes, and equal ones are frequent."""
+    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+
+    generator = torch.Generator().manual_seed(0)
+    directions, table = (torch.randint(-3, 4, (n, d), generator=generator).to(device, dtype) for n in (n_buckets, rows))
+    target = torch.randint(0, 4, (rows,), generator=generator).to(device)
+    candidates = target != 0 if with_target else torch.arange(rows, device=device) != 0
+    ours = kernels.top_rows(directions, table, target if with_target else None, k, 0)
+    assert torch.equal(ours.long(), first_by_score(directions, table, candidates, k))
+
+
+def check_sample_misleads(rows, k, d=32, device="cpu"):
+    """Rows in the sample score low: more keys than there is memory for reach the bound, and the table is scanned."""
+    counts = []
+    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+
+    capacity = max(kernels.MIN_CAPACITY, kernels.SPARE * k)
+    place = torch.arange(-(-rows // kernels.SPACING))
+    sampled = place * kernels.SPACING + ((place * 2654435761) % 2**32 // 2**16) % kernels.SPACING
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randint(8, 16, (rows, d), generator=generator)
+    table[sampled[sampled < rows]] -= 16
+    table = table.to(device, torch.float16)
+    directions = torch.ones(3, d, device=device, dtype=torch.float16)
+    directions[1] = torch.arange(d) % 5 - 2
+    select_kernel = kernels.selection_kernels.select_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda **options: counts.append(options["count_ptr"].max()) or select_kernel[grid](**options)
+
+    kernels.selection_kernels.select_kernel = Spy()
+    try:
+        ours = kernels.top_rows(directions, table, None, k, None)
+    finally:
+        kernels.selection_kernels.select_kernel = select_kernel
+    assert counts[0] > capacity
+    everything = torch.ones(rows, dtype=torch.bool, device=device)
+    assert torch.equal(ours.long(), first_by_score(directions, table, everything, k))
+
+
+def check_extreme_scores(device="cpu"):
+    """All equal, NaN here and there, nothing but NaN; infinite; no candidate at all."""
+    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+
+    table = torch.zeros(5000, 16, device=device, dtype=torch.float16)
+    directions = torch.ones(2, 16, device=device, dtype=torch.float16)
+
+    def selected(target=None):
+        return kernels.top_rows(directions, table, target, 5, None if target is None else 0).tolist()
+
+    assert selected() == [[0, 1, 2, 3, 4]] * 2
+    table[7], table[8], table[3000] = torch.nan, -torch.nan, torch.nan
+    assert selected() == [[0, 1, 7, 8, 3000]] * 2
+    table[:] = torch.nan
+    assert selected() == [[0, 1, 2, 3, 4]] * 2
+    table[:] = -torch.inf
+    table[4000] = torch.inf
+    assert selected() == [[0, 1, 2, 3, 4000]] * 2
+    target = torch.zeros(5000, dtype=torch.int64, device=device)
+    assert selected(target) == [[-1] * 5] * 2
+    target[[70, 4999]] = 3
+    assert selected(target) == [[-1, -1, -1, 70, 4999]] * 2
+
+
+def check_buckets(
+    n=60, v=90, d=20, n_buckets=6, size_x=25, size_y=31, dtype=torch.float32, padding_idx=0, empty=3, **kwargs
+):
+    """The losses of given buckets, some of whose slots are empty, at the error budget of the formula in the same dtype.
+
+    The formula is written for the CPU, pair by pair.
+    """
+    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+
+    hidden, weight, target = problem(n, v, d, dtype=dtype, padding_idx=padding_idx, **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    valid = (torch.ones(n) if padding_idx is None else (target != padding_idx).cpu()).nonzero().squeeze(1)
+    real = torch.tensor([row for row in range(len(weight)) if row != padding_idx])
+    positions, items = (
+        torch.stack([rows[torch.randperm(len(rows), generator=generator)[:size]] for _ in range(n_buckets)])
+        for rows, size in ((valid, size_x), (real, size_y))
+    )
+    none = torch.full((n_buckets, empty), -1)
+    slots = [torch.cat([none, rows], dim=1).int().to(hidden.device) for rows in (positions, items)]
+    covered = None
+
+    def ours(h, w):
+        nonlocal covered
+        loss, covered = kernels.bucket_cross_entropy(h, w, target, *slots, padding_idx, None)
+        return loss
+
+    def truth(h, w):
+        return naive.scalable(h.cpu(), w.cpu(), target.cpu(), positions, items)[0].to(h.device)
+
+    check(ours, truth, hidden, weight, target, padding_idx)
+    expected = torch.zeros(n, dtype=torch.bool)
+    expected[positions.flatten()] = True
+    assert torch.equal(covered.cpu(), expected)
+
+
+def call(hidden, weight, target, seed=5, **kwargs):
+    generator = None if seed is None else torch.Generator(hidden.device).manual_seed(seed)
+    options = {**SIZES, "generator": generator, "backend": "triton", **kwargs}
+    return ops.scalable_cross_entropy(hidden, weight, target, **options)
+
+
+def gradients(hidden, weight, target, factor=1.0, **kwargs):
+    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    loss = call(hidden, weight, target, **kwargs)
+    (factor * loss).sum().backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def check_backends(n, device="cpu", **kwargs):
+    """The same buckets and numbers as the torch backend, for each reduction."""
+    args = problem(n=n, device=device)
+    for reduction in ("mean", "sum", "none"):
+        for factor in (1.0, 3.0, torch.rand(n, device=device) if reduction == "none" else 0.0):
+            options = {"reduction": reduction, "factor": factor, **kwargs}
+            assert_close(gradients(*args, **options), gradients(*args, **options, backend="torch"))
+    _, ours = call(*args, return_coverage=True, **kwargs)
+    _, truth = call(*args, return_coverage=True, backend="torch", **kwargs)
+    assert torch.equal(ours, truth) and ours.any() and not ours.all()
+
+
+def check_published(n, v, d, size_x, size_y, device="cpu", **kwargs):
+    """Inputs without padding, and the same directions: the loss and gradients of the published algorithm."""
+    hidden, weight, target = problem(n, v, d, ignored=0, device=device, **kwargs)
+    target = target.clamp(min=1)
+    generator = torch.Generator(device).manual_seed(5)
+    directions = reference.random_directions(hidden, weight, target, 12, False, 0, generator)
+    results = []
+    for loss in (
+        lambda h, w: call(h, w, target, n_buckets=12, bucket_size_x=size_x, bucket_size_y=size_y),
+        lambda h, w: naive.published_scalable(h, w, target, directions, size_x, size_y),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = loss(h, w)
+        value.backward()
+        results.append((value.detach(), h.grad, w.grad))
+    assert_close(*results)
+
+
+def check_bad_input(device="cpu"):
+    """Fewer positions than a bucket takes, fewer items, none at all, ignored rows that are no numbers."""
+    hidden, weight, target = problem(n=30, v=9, device=device)
+    every = {"n_buckets": 2, "bucket_size_x": 10_000, "bucket_size_y": 10_000}
+    loss, covered = call(hidden, weight, target, reduction="none", return_coverage=True, **every)
+    full = naive.linear(hidden, weight, target)  # every position against the whole catalogue
+    torch.testing.assert_close(loss, torch.where(target != 0, full, 0))
+    assert torch.equal(covered, target != 0)
+    expected = gradients(hidden, weight, target, mix_x=True, **every)
+    hidden[target == 0] = torch.nan
+    for one, two in zip(gradients(hidden, weight, target, mix_x=True, **every), expected, strict=True):
+        assert torch.equal(one, two)
+    hidden[(target != 0).nonzero()[7]] = torch.nan
+    assert call(hidden, weight, target, reduction="none", **every).isnan().sum() == 1
+    hidden, weight, target = problem(n=30, device=device)
+    for sizes in (SIZES, {"n_buckets": "auto", "bucket_size_x": "auto", "bucket_size_y": "auto"}):
+        for args in ((hidden[:0], weight, target[:0]), (hidden, weight, torch.zeros_like(target))):
+            loss, grad_hidden, grad_weight = gradients(*args, **sizes)
+            assert loss == 0 and grad_hidden.shape == args[0].shape
+            assert (grad_hidden == 0).all() and (grad_weight == 0).all()
+
+
+def check_compiled(n, device="cpu", backend="inductor"):
+    """A compiled model around the loss gives what the model gives, without a graph break."""
+    hidden, weight, target = problem(n=n, device=device)
+
+    def step(h, w):
+        return call(torch.tanh(h), w, target, seed=None, bucket_size_x=n, bucket_size_y=53) * 2
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        torch.manual_seed(0)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = function(h, w)
+        loss.backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    return results
+
+
+# Without a GPU
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_python(
+        """
+        import torch
+        from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+        from tests.ops import test_scalable_kernels as tests
+
+        for with_target in (True, False):
+            tests.check_selection(5, 300, 12, 7, with_target=with_target)
+            tests.check_selection(3, 50, 12, 60, with_target=with_target)
+            tests.check_selection(70, 4000, 16, 9, torch.float16, with_target=with_target)
+        tests.check_extreme_scores()
+        kernels.MIN_CAPACITY = 256
+        kernels.BUFFER_ELEMENTS = 5 * 512  # five directions at a time
+        tests.check_selection(12, 2000, 12, 50)
+        tests.check_sample_misleads(1000, 9)
+        kernels.BUFFER_ELEMENTS = 2**23
+
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            tests.check_buckets()
+            tests.check_buckets(dtype=torch.float16, padding_idx=5)
+            tests.check_buckets(n=20, v=3, size_x=16, size_y=3, padding_idx=None, empty=0)
+            tests.check_buckets(scale=2.0)
+        torch.use_deterministic_algorithms(False)
+        tests.check_backends(150)
+        tests.check_backends(150, mix_x=True)
+        tests.check_published(150, 90, 20, 40, 30)
+        tests.check_bad_input()
+        tests.assert_close(*tests.check_compiled(60, backend="aot_eager"))
+        """,
+        TRITON_INTERPRET="1",
+    )
+
+
+CONSTANTS = {
+    "D": 48, "BD": 64, "BM": 64, "BN": 64, "BR": 32, "BLOCK": 256, "GROUP": 4, "PRECISION": "ieee", "ATOMIC": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "score", "bound", "select", "own_logit", "bucket_loss", "largest_loss", "winner", "bucket_input_gradient",
+        "bucket_weight_gradient", "target_gradient",
+    ],
+)  # fmt: skip
+def test_kernels_compile(name, capability):
+    language = pytest.importorskip("triton").language
+    from recbole_cce.ops.triton import bucket_kernels, selection_kernels
+
+    kernel = getattr(bucket_kernels, f"{name}_kernel", None) or getattr(selection_kernels, f"{name}_kernel")
+    for mode in ("sample", "reach", "all") if name == "score" else ("",):
+        constants = CONSTANTS | {"DTYPE": language.bfloat16, "MODE": mode}
+        assert compiled(kernel, capability, constants, POINTERS).asm["cubin"]
+
+
+@pytest.mark.parametrize("hidden", ["*bf16", "*fp32"], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [64, 256, 512])
+@pytest.mark.parametrize(("capability", "shared_memory"), [(80, 166912), (90, 232448)], ids=["sm_80", "sm_90"])
+def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden):
+    """As they are launched under autocast, whose layer norm leaves hidden states in fp32: what the compiler takes."""
+    need_triton(3, 3)
+    import triton
+
+    from recbole_cce.ops.triton import bucket_kernels, selection_kernels
+    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+
+    types = POINTERS | {"h_ptr": hidden, "grad_h_ptr": hidden}
+    constants = {
+        **CONSTANTS, "D": dim, "BD": dim, "DTYPE": triton.language.bfloat16, "stride_hd": 1, "stride_wd": 1,
+        "stride_td": 1, "stride_y": 1, "unit_ptr": None, "first_bucket": 0,
+    }  # fmt: skip
+    score = selection_kernels.score_kernel
+    launches = [
+        (score, {"MODE": mode, "y_ptr": None}, kernels.score_blocks(dim, 2, shared_memory))
+        for mode in ("sample", "reach", "all")
+    ] + [
+        (getattr(bucket_kernels, f"{name}_kernel"), {}, kernels.bucket_blocks(dim, 2, shared_memory, kind))
+        for kind, name in (
+            ("loss", "bucket_loss"),
+            ("input", "bucket_input_gradient"),
+            ("weight", "bucket_weight_gradient"),
+        )
+    ]
+    for kernel, more, blocks in launches:
+        rows = {"BM": blocks.stay, "BN": blocks.stream}
+        if "weight" in kernel.fn.__name__:
+            rows = {"BM": blocks.stream, "BN": blocks.stay}
+        launched = compiled(
+            kernel,
+            capability,
+            {**constants, **more, **rows},
+            types,
+            {"num_warps": blocks.warps, "num_stages": blocks.stages},
+            aligned=[*POINTERS, "stride_hn", "stride_wn", "stride_tn"],
+        )
+        assert launched.metadata.shared <= shared_memory, kernel.fn.__name__
+
+
+def test_sample_fits_in_memory():
+    """Each group of sampled rows has a place for its key, and there are enough groups for a bound."""
+    pytest.importorskip("triton")
+    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+
+    for k in (1, 5, 256, 882, 5000):
+        capacity = max(kernels.MIN_CAPACITY, kernels.SPARE * k)
+        for rows in (capacity + 1, 3 * capacity, 100_000, 1_600_000, 2**31 - 1):
+            for block in (16, 64, 128):
+                if rows > capacity:
+                    spacing, programs, group = kernels.sampling(rows, capacity, block)
+                    groups = programs * block // group
+                    assert group <= block and programs * block * spacing >= rows
+                    assert k <= groups <= capacity
+                    assert -(-rows // spacing) >= 2 * k
+
+
+# On a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_target", [True, False], ids=["positions", "items"])
+@pytest.mark.parametrize(
+    ("n_buckets", "rows", "d", "k"),
+    [(1, 1, 8, 1), (5, 300, 24, 300), (3, 50, 12, 60), (70, 5000, 64, 9), (129, 60_000, 256, 882), (33, 9000, 512, 1)],
+)
+def test_selection(n_buckets, rows, d, k, dtype, with_target):
+    check_selection(n_buckets, rows, d, k, dtype, with_target, device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selection_of_real_numbers(dtype):
+    """Rows in the order of fp64 scores, but for those within the rounding of a sum in fp32."""
+    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    directions, table = (torch.randn(n, 128, generator=generator, device="cuda").to(dtype) for n in (100, 200_000))
+    ours = kernels.top_rows(directions, table, None, 500, None).long()
+    assert (ours.diff(dim=1) > 0).all() and (ours >= 0).all()
+    scores = directions.double() @ table.double().T
+    assert (scores.gather(1, ours) >= scores.topk(500).values[:, -1:] - 1e-4).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize(("rows", "k"), [(20_000, 9), (200_000, 700)])
+def test_sample_misleads(rows, k):
+    check_sample_misleads(rows, k, device="cuda")
+
+
+@needs_gpu
+def test_extreme_scores():
+    check_extreme_scores(device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.05, 1.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("d", [8, 24, 64, 100, 128, 256, 512])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+def test_buckets(dtype, scale, d, deterministic):
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check_buckets(
+            n=250, v=300, d=d, n_buckets=7, size_x=150, size_y=130, dtype=dtype, scale=scale / d**0.25, device="cuda"
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_gpu
+@pytest.mark.parametrize("padding_idx", [0, 1, None])
+@pytest.mark.parametrize(("n", "v", "size_x", "size_y"), [(1, 1, 1, 1), (37, 2, 20, 2), (129, 700, 1, 600)])
+def test_sizes(n, v, size_x, size_y, padding_idx):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_buckets(
+            n=n, v=v, size_x=size_x, size_y=size_y, dtype=dtype, padding_idx=padding_idx, ignored=0.2 * (n > 1),
+            device="cuda",
+        )  # fmt: skip
+
+
+@needs_gpu
+@pytest.mark.parametrize("mix_x", [False, True])
+def test_backends_agree(mix_x):
+    check_backends(400, device="cuda", mix_x=mix_x)
+
+
+@needs_gpu
+def test_published():
+    check_published(3000, 20_000, 64, 200, 300, device="cuda", scale=64**-0.25)
+
+
+@needs_gpu
+def test_bad_input():
+    check_bad_input(device="cuda")
+
+
+@needs_gpu
+def test_strides():
+    hidden, weight, target = problem(n=300, device="cuda")
+    wide = torch.zeros(300, 24, device="cuda")
+    wide[:, ::2] = hidden
+    tall = weight.T.contiguous().T
+    assert call(wide[:, ::2], tall, target.repeat_interleave(2)[::2]) == call(hidden, weight, target)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_runs_are_bit_equal(dtype):
+    args = problem(n=9000, v=5000, d=64, dtype=dtype, device="cuda")
+    sizes = {"n_buckets": 70, "bucket_size_x": 300, "bucket_size_y": 260}
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, two = (gradients(*args, **sizes) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+    assert_close(gradients(*args, **sizes), one)
+
+
+@needs_gpu
+@pytest.mark.parametrize("d", [64, 256, 512])
+def test_autocast_rounds_rows_and_keeps_gradients_in_fp32(d):
+    hidden, weight, target = problem(n=300, d=d, scale=(64 / d) ** 0.25, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        ours = gradients(hidden, weight, target)
+        truth = gradients(hidden, weight, target, backend="torch")
+    assert [tensor.dtype for tensor in ours] == [torch.float32] * 3
+    assert_close(ours[:1], truth[:1])
+    assert_close(ours, truth, tolerance=5e-3)  # probabilities are rounded to bf16 before the products
+
+
+@needs_gpu
+def test_second_backward_and_checkpoint():
+    hidden, weight, target = problem(n=300, device="cuda")
+    expected = gradients(hidden, weight, target)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = call(h, w, target)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    call(h, w, target).backward()
+    assert_close((loss.detach(), h.grad / 3, w.grad / 3), expected)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = torch.utils.checkpoint.checkpoint(lambda h: call(h, w, target), h, use_reentrant=False)
+    loss.backward()
+    assert_close((loss.detach(), h.grad, w.grad), expected)
+
+
+@needs_gpu
+def test_only_the_gradients_asked_for():
+    hidden, weight, target = problem(n=300, device="cuda")
+    _, grad_hidden, grad_weight = gradients(hidden, weight, target)
+    for h, w in ((hidden.clone().requires_grad_(), weight), (hidden, weight.clone().requires_grad_())):
+        call(h, w, target).backward()
+        assert_close([h.grad if h.requires_grad else w.grad], [grad_hidden if h.requires_grad else grad_weight])
+
+
+@needs_gpu
+def test_compiled_without_graph_break():
+    """Inductor draws other directions, so all positions and items are in each bucket."""
+    launched, compiled = check_compiled(300, device="cuda")
+    assert_close(compiled, launched)
+
+
+@needs_gpu
+@pytest.mark.parametrize("mix_x", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_captured_in_a_graph(mix_x, backend):
+    """Nothing waits for the device, and each replay draws other directions, those of torch's generator."""
+    hidden, weight, target = problem(n=3000, device="cuda")
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+
+    def step():
+        h.grad = w.grad = None
+        loss, covered = call(h, w, target, seed=None, mix_x=mix_x, backend=backend, return_coverage=True)
+        loss.backward()
+        return loss, covered
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    h.grad = w.grad = None
+    with torch.cuda.graph(graph):
+        loss, covered = step()
+    found = []
+    for seed in (1, 2):
+        torch.cuda.manual_seed(seed)
+        graph.replay()
+        captured = loss.detach().clone(), h.grad.clone(), w.grad.clone()
+        torch.cuda.manual_seed(seed)
+        assert_close(captured, gradients(hidden, weight, target, seed=None, mix_x=mix_x, backend=backend))
+        found.append(covered.clone())
+    assert not torch.equal(*found)
+
+
+@needs_gpu
+def test_table_beyond_32_bits():
+    """V * D > 2^31: items at the far end of the table are selected, read and written."""
+    v, d = 2**31 // 256 + 10_000, 256
+    weight = torch.zeros(v + 1, d, device="cuda", dtype=torch.bfloat16)
+    weight[-20_000:].normal_()
+    hidden = torch.randn(640, d, device="cuda", dtype=torch.bfloat16) / 16
+    target = torch.arange(v - 639, v + 1, device="cuda")
+    far = weight[-20_001:].clone()
+    far[0] = 0
+    weight.requires_grad_()
+    sizes = {"n_buckets": 9, "bucket_size_x": 200, "bucket_size_y": 300, "reduction": "none"}
+    loss = call(hidden, weight, target, **sizes)
+    loss.sum().backward()
+    # the same from the last rows alone: items nearest to a direction are never the zero vectors before them
+    expected, _, grad_far = gradients(hidden, far, target - (v + 1 - len(far)), **sizes)
+    assert_close([loss.detach()], [expected])
+    assert_close([weight.grad[-20_000:].float()], [grad_far[1:].float()], tolerance=5e-3)
+    assert (weight.grad[:-20_000] == 0).all()

@@ -139,13 +139,13 @@ def finish(b_ref, b_mass, b_own):
     b_total = b_others + tl.exp2(b_own - b_max)
     b_log = tl.log2(b_total)
     b_loss = tl.where(b_own >= b_ref, log_1p(b_others), (b_max - b_own + b_log) * LN_2)
-    return b_loss, b_max + b_log, -b_others / b_total, b_unit / b_total
+    return b_loss, b_max.to(tl.float64) + b_log, -b_others / b_total, b_unit / b_total
 
 
 @triton.jit
 def store_results(
-    b_ref, b_mass, b_sum, b_own, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr, stride_wn,
-    stride_wd, o_d, D: tl.constexpr, DTYPE: tl.constexpr, DIRECTION: tl.constexpr,
+    b_ref, b_mass, b_sum, b_own, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr, residual_ptr,
+    stride_wn, stride_wd, o_d, D: tl.constexpr, DTYPE: tl.constexpr, DIRECTION: tl.constexpr,
 ):  # fmt: skip
     """What is known of places `o_i`, which hold positions `b_n`: loss and direction by position, the rest by place."""
     b_loss, b_lse, b_slope, b_scale = finish(b_ref, b_mass, b_own)
@@ -155,8 +155,11 @@ def store_results(
     if DIRECTION:
         b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_n, o_d, D, DTYPE)
         b_d = b_sum * b_scale[:, None] + b_slope[:, None] * b_target.to(tl.float32)
-        p_d = direction_ptr + b_n.to(tl.int64)[:, None] * D + o_d[None, :]
-        tl.store(p_d, b_d, mask=m_n[:, None] & (o_d < D)[None, :])
+        m_d = m_n[:, None] & (o_d < D)[None, :]
+        o_nd = b_n.to(tl.int64)[:, None] * D + o_d[None, :]
+        tl.store(direction_ptr + o_nd, b_d, mask=m_d)
+        if residual_ptr is not None:
+            tl.store(residual_ptr + o_nd, b_d - b_d.to(direction_ptr.dtype.element_ty).to(tl.float32), mask=m_d)
 
 
 @triton.jit
@@ -171,6 +174,7 @@ def full_forward_kernel(
     lse_ptr,
     slope_ptr,
     direction_ptr,
+    residual_ptr,
     part_ref_ptr,
     part_mass_ptr,
     part_sum_ptr,
@@ -208,9 +212,9 @@ def full_forward_kernel(
     o_i = i_m * BM + tl.arange(0, BM)
     work = i_m * BM < count
     if AGAIN:
-        p_mass = part_mass_ptr + i_s.to(tl.int64) * n if SPLIT else lse_ptr
-        b_mass = tl.load(p_mass + o_i, mask=o_i < count, other=0.0)
-        work = work & (tl.max(tl.where(b_mass < SAFE_MASS, 0, 1), 0) > 0)
+        p_mark = part_mass_ptr + i_s.to(tl.int64) * n if SPLIT else lse_ptr
+        b_mark = tl.load(p_mark + o_i, mask=o_i < count, other=0.0)
+        work = work & (tl.max(tl.where(b_mark < SAFE_MASS, 0, 1), 0) > 0)
     if work:
         m_n = o_i < count
         b_n = tl.load(order_ptr + o_i, mask=m_n, other=0)
@@ -239,7 +243,7 @@ def full_forward_kernel(
                 b_mass = tl.where(b_mass < SAFE_MASS, b_mass, float("nan"))
             store_results(
                 b_ref, b_mass, b_sum, b_own, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr,
-                stride_wn, stride_wd, o_d, D, DTYPE, DIRECTION,
+                residual_ptr, stride_wn, stride_wd, o_d, D, DTYPE, DIRECTION,
             )  # fmt: skip
 
 
@@ -254,6 +258,7 @@ def full_combine_kernel(
     lse_ptr,
     slope_ptr,
     direction_ptr,
+    residual_ptr,
     part_ref_ptr,
     part_mass_ptr,
     part_sum_ptr,
@@ -297,7 +302,7 @@ def full_combine_kernel(
             b_ref = b_new
         store_results(
             b_ref, b_mass, b_sum, b_own, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr,
-            stride_wn, stride_wd, o_d, D, DTYPE, DIRECTION,
+            residual_ptr, stride_wn, stride_wd, o_d, D, DTYPE, DIRECTION,
         )  # fmt: skip
 
 
@@ -369,7 +374,11 @@ def full_weight_gradient_kernel(
             b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, o_i >= 0, o_d, D, DTYPE)
             b_lse = tl.load(lse_ptr + o_i)
         b_s = logits(b_w, b_h, PRECISION)
-        b_p = tl.exp2(b_s * LOG2_E - (b_lse - UP)[None, :])
+        b_high = b_lse.to(tl.float32)
+        b_p = b_s * LOG2_E - (b_high - UP)[None, :]
+        if b_lse.dtype == tl.float64:
+            b_p -= (b_lse - b_high).to(tl.float32)[None, :]
+        b_p = tl.exp2(b_p)
         if not UNIFORM:
             b_n = tl.load(order_ptr + start + tl.arange(0, BN))
             b_g = tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad).to(tl.float32)

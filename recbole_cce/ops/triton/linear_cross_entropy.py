@@ -13,6 +13,7 @@ from typing import Any, Optional
 import torch
 import triton
 
+from recbole_cce.ops.triton.direction import scale_direction
 from recbole_cce.ops.triton.full_kernels import full_combine_kernel, full_forward_kernel, full_weight_gradient_kernel
 from recbole_cce.ops.triton.launch import matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
@@ -24,6 +25,7 @@ except ImportError:  # before Triton 3.4
 
 MAX_SPLITS = 64
 EXACT_STAGES = 1 if TensorDescriptor is None else 2  # old compilers cannot pipeline the products of fp32
+NO_POSITION = 2.0**100  # log-sum-exp of a place without a position: all probabilities are 0
 PLACES = 128  # sorted positions come in whole blocks of so many
 
 
@@ -139,9 +141,10 @@ def forward(
     padding_idx: Optional[int],
     dtype: torch.dtype,
     with_direction: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss [N]; for each place in the order of the targets log-sum-exp and slope = d loss / d own logit; that order and
-    its bounds, see sort_positions(); direction [N, D] = d loss_i / d input_i, or [0].
+    its bounds, see sort_positions(); direction [N, D] = d loss_i / d input_i, or [0]; what a direction of 16 bits left
+    out [N, D], or [0]. Without tensor cores lse is fp64: rounded, it would be the largest error of a peaked softmax.
 
     `input` and `weight` are what has gradients, `hidden` and `table` are the numbers to read.
     """
@@ -150,11 +153,13 @@ def forward(
     blocks = full_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
     order, bounds = sort_positions(target, padding_idx, num_rows, blocks.stay)
     loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)
-    lse = torch.full((len(order),), torch.inf, dtype=torch.float32, device=hidden.device)  # probability 0
-    slope = torch.empty_like(lse)
-    direction = torch.zeros(hidden.shape if with_direction else 0, dtype=input.dtype, device=hidden.device)
+    lse = torch.full((len(order),), NO_POSITION, dtype=lse_dtype(dtype), device=hidden.device)
+    slope = torch.empty(len(order), dtype=torch.float32, device=hidden.device)
+    direction, residual = (
+        torch.zeros(shape, dtype=input.dtype, device=hidden.device) for shape in direction_shapes(input, with_direction)
+    )
     if n == 0:
-        return loss, lse, slope, order, bounds, direction
+        return loss, lse, slope, order, bounds, direction, residual
     programs = triton.cdiv(n, blocks.stay)
     # The parts of a split are gone before the gradient of the table needs as much memory as they may take.
     part_bytes = 4 * n * (2 + dim * with_direction)
@@ -173,6 +178,7 @@ def forward(
         "lse_ptr": lse,
         "slope_ptr": slope,
         "direction_ptr": direction,
+        "residual_ptr": residual if residual.numel() else None,
         "part_ref_ptr": parts[0],
         "part_mass_ptr": parts[1],
         "part_sum_ptr": parts[2],
@@ -203,7 +209,7 @@ def forward(
         launch(ONLINE=True, AGAIN=True)
     if splits > 1:
         full_combine_kernel[(triton.cdiv(n, 16),)](**options, num_splits=splits, BM=16, num_warps=4)
-    return loss, lse, slope, order, bounds, direction
+    return loss, lse, slope, order, bounds, direction, residual
 
 
 @forward.register_fake
@@ -216,15 +222,28 @@ def _(
     padding_idx: int | None,
     dtype: torch.dtype,
     with_direction: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     n, dim = hidden.shape
     loss = hidden.new_empty(n, dtype=torch.float32)
-    lse, slope = (hidden.new_empty(num_places(n), dtype=torch.float32) for _ in range(2))
+    lse = hidden.new_empty(num_places(n), dtype=lse_dtype(dtype))
+    slope = hidden.new_empty(num_places(n), dtype=torch.float32)
     block = full_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
     order = hidden.new_empty(num_places(n), dtype=torch.int32)
     bounds = hidden.new_empty(num_bounds(len(table), block), dtype=torch.int32)
-    direction = hidden.new_empty(hidden.shape if with_direction else 0, dtype=input.dtype)
-    return loss, lse, slope, order, bounds, direction
+    direction, residual = (
+        hidden.new_empty(shape, dtype=input.dtype) for shape in direction_shapes(input, with_direction)
+    )
+    return loss, lse, slope, order, bounds, direction, residual
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exps, where products are of `dtype`."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def direction_shapes(input: torch.Tensor, with_direction: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of direction and residual."""
+    return input.shape if with_direction else (0,), input.shape if with_direction and input.itemsize == 2 else (0,)
 
 
 @torch.library.custom_op("recbole_cce::linear_cross_entropy_weight_gradient", mutates_args=())
@@ -316,17 +335,26 @@ def _(
 def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keep what the gradients need; the direction becomes the gradient of the input in its own memory."""
     input, weight, hidden, table, target, ctx.padding_idx, ctx.dtype, _ = inputs
-    _, *rest, ctx.direction = output
+    _, *rest, direction, residual = output
+    ctx.directions = direction, residual
     ctx.input_dtype, ctx.weight_dtype = input.dtype, weight.dtype
-    ctx.mark_non_differentiable(*rest, ctx.direction)
+    ctx.mark_non_differentiable(*rest, direction, residual)
     ctx.set_materialize_grads(False)  # torch would fill an [N, D] tensor with zeros for the direction
     ctx.save_for_backward(hidden, table, target, *rest)
 
 
 def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
-    """Scale the directions; sum up the rows of the table."""
+    """Scale the directions; sum up the rows of the table, when the residual's memory is free again."""
     hidden, table, target, *rest = ctx.saved_tensors
     grad_input = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        if ctx.directions is None:  # a second backward pass through the same graph
+            like = hidden.new_empty(hidden.shape, dtype=ctx.input_dtype), table.new_empty(0, dtype=ctx.weight_dtype)
+            ctx.directions = forward(*like, hidden, table, target, ctx.padding_idx, ctx.dtype, True)[-2:]
+        grad_input, residual = ctx.directions
+        ctx.directions = None
+        scale_direction(grad_input, grad, None, residual if residual.numel() else None)
+        del residual
     if ctx.needs_input_grad[1]:
         # where nothing had to be copied to be rounded, parts of the sum may take as much memory as 16-bit copies
         spare = sum(
@@ -337,11 +365,6 @@ def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
         grad_weight = weight_gradient(
             grad, hidden, table, target, *rest, ctx.padding_idx, ctx.dtype, ctx.weight_dtype, spare
         )
-    if ctx.needs_input_grad[0]:
-        if ctx.direction is None:  # a second backward pass through the same graph
-            like = hidden.new_empty(hidden.shape, dtype=ctx.input_dtype), table.new_empty(0, dtype=ctx.weight_dtype)
-            ctx.direction = forward(*like, hidden, table, target, ctx.padding_idx, ctx.dtype, True)[-1]
-        grad_input, ctx.direction = ctx.direction.mul_(grad[:, None]), None
     return grad_input, grad_weight, *[None] * 6
 
 

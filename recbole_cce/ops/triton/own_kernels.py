@@ -192,27 +192,3 @@ def row_weight_gradient_kernel(
     else:
         if not ADD:
             tl.store(p_dw, tl.zeros([BD], tl.float32), mask=m_d)
-
-
-@triton.jit
-def scale_kernel(
-    direction_ptr,
-    grad_ptr,
-    unit_ptr,
-    numbers,
-    stride_grad,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIFORM: tl.constexpr,
-):
-    """One program: multiply BLOCK of the `numbers` in direction [N, D] by grad [N] / unit.
-
-    UNIFORM: all of `grad` is one number. If that is the unit already, which only the device knows, nothing is touched.
-    """
-    unit = tl.load(unit_ptr) if unit_ptr is not None else 1.0
-    grad = tl.load(grad_ptr)
-    if (grad != unit) | (not UNIFORM):
-        o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        b_g = tl.load(grad_ptr + o // D * stride_grad, mask=o < numbers, other=0.0).to(tl.float32) / unit
-        b_d = tl.load(direction_ptr + o, mask=o < numbers, other=0.0).to(tl.float32)
-        tl.store(direction_ptr + o, b_d * b_g, mask=o < numbers)

@@ -14,9 +14,10 @@ import triton
 
 from recbole_cce.ops.negatives import Popularity, num_groups
 from recbole_cce.ops.reference.sampled_cross_entropy import Draws
+from recbole_cce.ops.triton.direction import scale_direction
 from recbole_cce.ops.triton.launch import matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
-from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel, scale_kernel
+from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel
 from recbole_cce.ops.triton.tile_kernels import tile_forward_kernel, tile_weight_gradient_kernel
 
 BUFFER_ELEMENTS = 2**23  # fp32 numbers that the deterministic path holds at a time
@@ -285,28 +286,6 @@ def own_weight_gradient(
         )
 
 
-@torch.library.custom_op("recbole_cce::scale_direction", mutates_args=("direction",))
-def scale(direction: torch.Tensor, grad: torch.Tensor, unit: Optional[torch.Tensor]) -> None:
-    """Multiply `direction` [N, D] by grad [N] / unit in its own memory."""
-    if direction.numel() == 0:
-        return
-    scale_kernel[(triton.cdiv(direction.numel(), 4096),)](
-        direction_ptr=direction,
-        grad_ptr=grad,
-        unit_ptr=unit,
-        numbers=direction.numel(),
-        stride_grad=grad.stride(0),
-        D=direction.size(1),
-        BLOCK=4096,
-        UNIFORM=grad.stride(0) == 0 or len(grad) == 1,
-    )
-
-
-@scale.register_fake
-def _(direction: torch.Tensor, grad: torch.Tensor, unit: torch.Tensor | None) -> None:
-    return None
-
-
 @weight_gradient.register_fake
 def _(
     grad: torch.Tensor,
@@ -345,7 +324,7 @@ def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
         if ctx.direction is None:  # a second backward pass through the same graph
             ctx.direction = forward(*tensors, unit, *options, True)[3]
         grad_input, ctx.direction = ctx.direction, None
-        scale(grad_input, grad, unit)
+        scale_direction(grad_input, grad, unit, None)
     if ctx.needs_input_grad[1]:
         grad_weight = weight_gradient(grad, *tensors, lse, slope, *options)
     return grad_input, grad_weight, *[None] * 11

@@ -1,7 +1,9 @@
 """SCE in buckets: the loss of a bucket's positions against its items, and the gradients of those that won.
 
-Logits are in units of log 2 in all kernels. A position's softmax denominator is kept as two numbers, its own logit and
-its loss, both of which are known to the last digit: p_j = exp(s_j - own - loss), d loss / d own = exp(-loss) - 1.
+A position's softmax denominator is kept as its distance from the own logit, which is the loss: p_j = exp(s_j - own -
+loss), d loss / d own = exp(-loss) - 1. Where products are of fp32, `rest` holds what rounding the loss left out, or it
+would be the largest error of a peaked softmax. Losses are in units of log 2 until they are final: exp2 is the
+instruction that the hardware has.
 """
 
 import triton
@@ -50,7 +52,7 @@ def own_logit_kernel(
     m_y = m_n & (b_y != padding_idx)
     b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE).to(tl.float32)
     b_w = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_y, o_d, D, DTYPE).to(tl.float32)
-    tl.store(own_ptr + o_n, tl.sum(b_h * b_w, 1) * LOG2_E, mask=m_n)
+    tl.store(own_ptr + o_n, tl.sum(b_h * b_w, 1), mask=m_n)
     tl.store(best_ptr + o_n, tl.zeros([BM], tl.int64), mask=m_n)
 
 
@@ -63,6 +65,7 @@ def bucket_loss_kernel(
     item_ptr,
     own_ptr,
     best_ptr,
+    rest_ptr,
     size_x,
     size_y,
     blocks_per_bucket,
@@ -80,13 +83,14 @@ def bucket_loss_kernel(
 ):
     """One program: the losses of BM positions of a bucket against its items, with an online log-sum-exp.
 
-    best [N]: the bits of a position's largest loss, and below them its bucket's number, of equal losses the lowest one;
-    0 where no bucket held the position. NaN is larger than any loss.
+    best [N]: the bits of a position's largest loss (in units of log 2), and below them its bucket's number, of equal
+    losses the lowest one; 0 where no bucket held the position. NaN is larger than any loss. rest [B, X]: see above.
     """
     i_b = tl.program_id(0) // blocks_per_bucket
     o_d = tl.arange(0, BD)
     o_x = tl.program_id(0) % blocks_per_bucket * BM + tl.arange(0, BM)
-    b_n = tl.load(position_ptr + i_b.to(tl.int64) * size_x + o_x, mask=o_x < size_x, other=-1)
+    o_slot = i_b.to(tl.int64) * size_x + o_x
+    b_n = tl.load(position_ptr + o_slot, mask=o_x < size_x, other=-1)
     m_n = b_n >= 0
     b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=0).to(tl.int32)
     b_own = tl.load(own_ptr + b_n, mask=m_n, other=0.0)
@@ -98,15 +102,25 @@ def bucket_loss_kernel(
         b_item = tl.load(item_ptr + i_b.to(tl.int64) * size_y + o_y, mask=o_y < size_y, other=-1)
         m_item = b_item >= 0
         b_w = load_rows(w_ptr, b_item, stride_wn, stride_wd, m_item, o_d, D, DTYPE)
-        b_s = logits(b_h, b_w, PRECISION) * LOG2_E
+        b_s = logits(b_h, b_w, PRECISION)
         b_s = tl.where((b_item[None, :] != b_y[:, None]) & m_item[None, :], b_s, -float("inf"))
         b_new = tl.maximum(b_ref, tl.max(b_s, 1))
-        b_mass = b_mass * tl.exp2(b_ref - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), 1)
+        b_p = tl.exp2((b_s - b_new[:, None]) * LOG2_E)
+        b_mass = b_mass * tl.exp2((b_ref - b_new) * LOG2_E) + tl.sum(b_p, 1)
         b_ref = b_new
-    b_loss, _, _, _ = finish(b_ref, b_mass, b_own)
+    b_loss, b_lse, _, _ = finish((b_ref - b_own) * LOG2_E, b_mass, b_own * 0.0)
+    b_loss *= LOG2_E
+    if rest_ptr is not None:
+        tl.store(rest_ptr + o_slot, (b_lse - b_loss).to(tl.float32), mask=o_x < size_x)
     bits = b_loss.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     b_key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - i_b).to(tl.int64)
     tl.atomic_max(best_ptr + b_n, b_key, mask=m_n, sem="relaxed")
+
+
+@triton.jit
+def loss_of(b_key):
+    """The loss in keys of `best`, in units of log 2."""
+    return (b_key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -114,12 +128,14 @@ def largest_loss_kernel(best_ptr, loss_ptr, covered_ptr, n, BLOCK: tl.constexpr)
     """One program: what `best` says of BLOCK positions."""
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_key = tl.load(best_ptr + o_n, mask=o_n < n, other=0)
-    tl.store(loss_ptr + o_n, (b_key >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=o_n < n)
+    tl.store(loss_ptr + o_n, loss_of(b_key) * LN_2, mask=o_n < n)
     tl.store(covered_ptr + o_n, b_key > 0, mask=o_n < n)
 
 
 @triton.jit
-def winner_kernel(position_ptr, best_ptr, winner_ptr, count_ptr, size_x, BLOCK: tl.constexpr):
+def winner_kernel(
+    position_ptr, best_ptr, rest_ptr, winner_ptr, winner_rest_ptr, count_ptr, size_x, BLOCK: tl.constexpr
+):
     """One program: the positions of a bucket that have their largest loss in it, in the order of its slots."""
     i_b = tl.program_id(0)
     o_bucket = i_b.to(tl.int64) * size_x
@@ -129,17 +145,35 @@ def winner_kernel(position_ptr, best_ptr, winner_ptr, count_ptr, size_x, BLOCK: 
         b_n = tl.load(position_ptr + o_bucket + o_x, mask=o_x < size_x, other=-1)
         b_key = tl.load(best_ptr + b_n, mask=b_n >= 0, other=0)
         m_won = (b_n >= 0) & ((b_key & 0x7FFFFFFF).to(tl.int32) == 0x7FFFFFFF - i_b)
-        tl.store(winner_ptr + o_bucket + count + tl.cumsum(m_won.to(tl.int32), 0) - 1, b_n, mask=m_won)
+        o_winner = o_bucket + count + tl.cumsum(m_won.to(tl.int32), 0) - 1
+        tl.store(winner_ptr + o_winner, b_n, mask=m_won)
+        if rest_ptr is not None:
+            tl.store(winner_rest_ptr + o_winner, tl.load(rest_ptr + o_bucket + o_x, mask=m_won), mask=m_won)
         count += tl.sum(m_won.to(tl.int32), 0)
     tl.store(count_ptr + i_b, count)
 
 
 @triton.jit
-def probabilities(b_s, b_own, b_loss, b_y, b_item, DTYPE: tl.constexpr):
+def load_winners(winner_ptr, rest_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y):
+    """Position, target, own logit, loss and what rounding left out of it, of the slots `o_slot` of winners."""
+    b_n = tl.load(winner_ptr + o_slot, mask=m_n, other=0)
+    b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=0).to(tl.int32)
+    b_own = tl.load(own_ptr + b_n, mask=m_n, other=0.0)
+    b_loss = loss_of(tl.load(best_ptr + b_n, mask=m_n, other=0))
+    b_rest = b_own * 0.0
+    if rest_ptr is not None:
+        b_rest = tl.load(rest_ptr + o_slot, mask=m_n, other=0.0)
+    return b_n, b_y, b_own, b_loss, b_rest
+
+
+@triton.jit
+def probabilities(b_s, b_own, b_loss, b_rest, b_y, b_item, DTYPE: tl.constexpr):
     """Of logits of positions x items; 0 at own targets, and in fp16 in larger units."""
     UP: tl.constexpr = UNITS_16 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
-    b_p = tl.exp2(b_s * LOG2_E - b_own - (b_loss * LOG2_E - UP))
-    return tl.where((b_item != b_y) & (b_item >= 0), b_p, 0.0)
+    b_s = (b_s - b_own) * LOG2_E - (b_loss - UP)
+    if DTYPE == tl.float32:  # noqa: SIM300
+        b_s -= b_rest
+    return tl.where((b_item != b_y) & (b_item >= 0), tl.exp2(b_s), 0.0)
 
 
 @triton.jit
@@ -150,9 +184,10 @@ def bucket_input_gradient_kernel(
     y_ptr,
     item_ptr,
     winner_ptr,
+    rest_ptr,
     count_ptr,
     own_ptr,
-    loss_ptr,
+    best_ptr,
     grad_h_ptr,
     size_x,
     size_y,
@@ -178,10 +213,10 @@ def bucket_input_gradient_kernel(
         o_d = tl.arange(0, BD)
         o_x = i_x + tl.arange(0, BM)
         m_n = o_x < count
-        b_n = tl.load(winner_ptr + i_b.to(tl.int64) * size_x + o_x, mask=m_n, other=0)
-        b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=0).to(tl.int32)
-        b_own = tl.load(own_ptr + b_n, mask=m_n, other=0.0)
-        b_loss = tl.load(loss_ptr + b_n, mask=m_n, other=0.0)
+        o_slot = i_b.to(tl.int64) * size_x + o_x
+        b_n, b_y, b_own, b_loss, b_rest = load_winners(
+            winner_ptr, rest_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y
+        )
         b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
         b_sum = tl.zeros([BM, BD], tl.float32)
         for i_y in range(0, size_y, BN):
@@ -189,12 +224,14 @@ def bucket_input_gradient_kernel(
             b_item = tl.load(item_ptr + i_b.to(tl.int64) * size_y + o_y, mask=o_y < size_y, other=-1)
             b_w = load_rows(w_ptr, b_item, stride_wn, stride_wd, b_item >= 0, o_d, D, DTYPE)
             b_s = logits(b_h, b_w, PRECISION)
-            b_p = probabilities(b_s, b_own[:, None], b_loss[:, None], b_y[:, None], b_item[None, :], DTYPE)
+            b_p = probabilities(
+                b_s, b_own[:, None], b_loss[:, None], b_rest[:, None], b_y[:, None], b_item[None, :], DTYPE
+            )
             b_sum = add_product(b_p, b_w, b_sum, PRECISION)
         UP: tl.constexpr = UNITS_16 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
         b_g = tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad, mask=m_n, other=0.0).to(tl.float32)
         b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_n, o_d, D, DTYPE).to(tl.float32)
-        b_sum = b_sum * (2.0**-UP) - minus_expm1(b_loss)[:, None] * b_target
+        b_sum = b_sum * (2.0**-UP) - minus_expm1(b_loss * LN_2)[:, None] * b_target
         store_rows(grad_h_ptr, b_n, b_sum * b_g[:, None], m_n, o_d, D)
 
 
@@ -207,9 +244,10 @@ def bucket_weight_gradient_kernel(
     y_ptr,
     item_ptr,
     winner_ptr,
+    rest_ptr,
     count_ptr,
     own_ptr,
-    loss_ptr,
+    best_ptr,
     grad_w_ptr,
     first_bucket,
     size_x,
@@ -246,14 +284,16 @@ def bucket_weight_gradient_kernel(
         for i_x in range(0, count, BM):
             o_x = i_x + tl.arange(0, BM)
             m_n = o_x < count
-            b_n = tl.load(winner_ptr + i_b.to(tl.int64) * size_x + o_x, mask=m_n, other=0)
-            b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=0).to(tl.int32)
-            b_own = tl.load(own_ptr + b_n, mask=m_n, other=0.0)
-            b_loss = tl.load(loss_ptr + b_n, mask=m_n, other=0.0)
+            o_slot = i_b.to(tl.int64) * size_x + o_x
+            b_n, b_y, b_own, b_loss, b_rest = load_winners(
+                winner_ptr, rest_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y
+            )
             b_g = tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad, mask=m_n, other=0.0).to(tl.float32) / unit
             b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
             b_s = logits(b_w, b_h, PRECISION)
-            b_p = probabilities(b_s, b_own[None, :], b_loss[None, :], b_y[None, :], b_item[:, None], DTYPE)
+            b_p = probabilities(
+                b_s, b_own[None, :], b_loss[None, :], b_rest[None, :], b_y[None, :], b_item[:, None], DTYPE
+            )
             b_sum = add_product(b_p * b_g[None, :], b_h, b_sum, PRECISION)
         UP: tl.constexpr = UNITS_16 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
         b_sum *= unit * (2.0**-UP)

@@ -27,7 +27,7 @@ def halves(b_x):
 def logits(b_x, b_y, PRECISION: tl.constexpr):
     """b_x @ b_y.T in fp32."""
     LONG: tl.constexpr = b_x.shape[1] >= 64
-    if b_x.dtype == tl.float32 and LONG:
+    if LONG and b_x.dtype == tl.float32:  # in this order: Triton 3.2 takes no other
         # Without tensor cores a product adds up its terms one by one: four sums have half the error of one. For the
         # last argument see add_product().
         b_x0, b_x1 = halves(b_x)

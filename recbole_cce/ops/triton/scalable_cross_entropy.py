@@ -268,15 +268,15 @@ def forward(
     items: torch.Tensor,
     padding_idx: Optional[int],
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [N], covered [N] bool, own [N]: logits of the targets in units of log 2, best [N]: see
-    bucket_loss_kernel()."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss [N]; covered [N] bool; own [N], logits of the targets; best [N] and rest, see bucket_loss_kernel()."""
     n = len(input)
     loss, own = (torch.empty(n, dtype=torch.float32, device=input.device) for _ in range(2))
     best = torch.empty(n, dtype=torch.int64, device=input.device)
     covered = torch.empty(n, dtype=torch.bool, device=input.device)
+    rest = torch.empty(rest_shape(positions, dtype), dtype=torch.float32, device=input.device)
     if n == 0:
-        return loss, covered, own, best
+        return loss, covered, own, best, rest
     common = common_options(input, weight, target, dtype)
     bucket_kernels.own_logit_kernel[(triton.cdiv(n, 16),)](
         **common,
@@ -296,6 +296,7 @@ def forward(
             item_ptr=items,
             own_ptr=own,
             best_ptr=best,
+            rest_ptr=rest if rest.numel() else None,
             size_x=positions.size(1),
             size_y=items.size(1),
             blocks_per_bucket=blocks_per_bucket,
@@ -308,7 +309,7 @@ def forward(
     bucket_kernels.largest_loss_kernel[(triton.cdiv(n, 1024),)](
         best_ptr=best, loss_ptr=loss, covered_ptr=covered, n=n, BLOCK=1024
     )
-    return loss, covered, own, best
+    return loss, covered, own, best, rest
 
 
 @forward.register_fake
@@ -320,9 +321,15 @@ def _(
     items: torch.Tensor,
     padding_idx: int | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dtypes = (torch.float32, torch.bool, torch.float32, torch.int64)
-    return tuple(input.new_empty(len(input), dtype=dtype) for dtype in dtypes)
+    of_positions = (input.new_empty(len(input), dtype=of) for of in dtypes)
+    return *of_positions, input.new_empty(rest_shape(positions, dtype), dtype=torch.float32)
+
+
+def rest_shape(positions: torch.Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """Of what rounding leaves out of losses: only products of fp32 are exact enough to need it."""
+    return tuple(positions.shape) if dtype == torch.float32 else (0,)
 
 
 @torch.library.custom_op("recbole_cce::bucket_cross_entropy_gradients", mutates_args=())
@@ -336,23 +343,26 @@ def gradients(
     loss: torch.Tensor,
     own: torch.Tensor,
     best: torch.Tensor,
+    rest: torch.Tensor,
     dtype: torch.dtype,
     input_needed: bool,
     weight_needed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """d loss / d input [N, D] and d loss / d weight [V+1, D], given `grad` [N] = d loss / d loss_i, or [0]."""
-    n = len(input)
     grad_input = torch.zeros(input.shape if input_needed else 0, dtype=input.dtype, device=input.device)
     # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
     grad_weight = torch.zeros(weight.shape if weight_needed else 0, dtype=torch.float32, device=weight.device)
     if positions.numel() == 0:
         return grad_input, grad_weight.to(weight.dtype)
-    winners = torch.empty_like(positions)
+    winners, winner_rest = torch.empty_like(positions), torch.empty_like(rest)
+    with_rest = rest.numel() > 0
     count = torch.empty(len(positions), dtype=torch.int32, device=input.device)
     bucket_kernels.winner_kernel[(len(positions),)](
         position_ptr=positions,
         best_ptr=best,
+        rest_ptr=rest if with_rest else None,
         winner_ptr=winners,
+        winner_rest_ptr=winner_rest,
         count_ptr=count,
         size_x=positions.size(1),
         BLOCK=min(1024, padded(positions.size(1))),
@@ -363,9 +373,10 @@ def gradients(
         "stride_grad": grad.stride(0),
         "item_ptr": items,
         "winner_ptr": winners,
+        "rest_ptr": winner_rest if with_rest else None,
         "count_ptr": count,
         "own_ptr": own,
-        "loss_ptr": loss,
+        "best_ptr": best,
         "size_x": positions.size(1),
         "size_y": items.size(1),
         "PRECISION": precision(),
@@ -384,16 +395,16 @@ def gradients(
         )
     if weight_needed:
         unit = grad.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) if dtype == torch.float16 else None
-        add_weight_gradient(grad_weight, n, {**common, "unit_ptr": unit}, target, items, dtype)
+        add_weight_gradient(grad_weight, {**common, "unit_ptr": unit}, target, items, loss, dtype)
     return grad_input, grad_weight.to(weight.dtype)
 
 
 def add_weight_gradient(
     grad_weight: torch.Tensor,
-    n: int,
     common: dict[str, Any],
     target: torch.Tensor,
     items: torch.Tensor,
+    loss: torch.Tensor,
     dtype: torch.dtype,
 ) -> None:
     """Add what all winners give to the rows of their buckets' items and of their targets."""
@@ -419,12 +430,11 @@ def add_weight_gradient(
         )
         if deterministic:  # a slot without an item has no share, whatever row it counts for
             grad_weight.index_put_((rows.clamp(min=0).long(),), shares, accumulate=True)
-    input, loss, grad = common["h_ptr"], common["loss_ptr"], common["grad_ptr"]
+    n, input, grad = len(loss), common["h_ptr"], common["grad_ptr"]
     if not deterministic:
-        names = ("grad_ptr", "h_ptr", "y_ptr", "loss_ptr", "stride_grad", "stride_hn", "stride_hd", "stride_y")
-        names = (*names, "D", "BD", "DTYPE")
+        names = ("grad_ptr", "h_ptr", "y_ptr", "stride_grad", "stride_hn", "stride_hd", "stride_y", "D", "BD", "DTYPE")
         bucket_kernels.target_gradient_kernel[(triton.cdiv(n, 16),)](
-            **{name: common[name] for name in names}, grad_w_ptr=grad_weight, n=n, BM=16, num_warps=4
+            **{name: common[name] for name in names}, loss_ptr=loss, grad_w_ptr=grad_weight, n=n, BM=16, num_warps=4
         )
         return
     slope = ((-loss).expm1() * grad)[:, None]
@@ -444,6 +454,7 @@ def _(
     loss: torch.Tensor,
     own: torch.Tensor,
     best: torch.Tensor,
+    rest: torch.Tensor,
     dtype: torch.dtype,
     input_needed: bool,
     weight_needed: bool,
@@ -457,8 +468,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     loss, *rest = output
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)
-    _, own, best = rest
-    ctx.save_for_backward(*tensors, loss, own, best)
+    ctx.save_for_backward(*tensors, loss, *rest[1:])
 
 
 def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from recbole_cce import checkpoints
 from recbole_cce.compat import checkpoint_state, share_file_name
-from recbole_cce.cuda_graph import GraphedStep
-from recbole_cce.data import TARGET_COUNT
+from recbole_cce.cuda_graph import GraphedStep, on_device
+from recbole_cce.data import ROW_NUMBER, LeanSequentialDataset, Places
 from recbole_cce.evaluation import TopK, top_items
 from recbole_cce.files import remove_parts
+from recbole_cce.layers import packs
 
 # of cuda_graph: auto; a larger step computes for longer than Python takes to launch it
 MAX_GRAPHED_POSITIONS = 2**18
@@ -58,6 +59,8 @@ class EfficientTrainer(Trainer):
             # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
             self.distributed_model.broadcast_buffers = False
         self.graphed_step: GraphedStep | None = None
+        self.resident: LeanSequentialDataset | None = None  # makes batches on the GPU
+        self.sizes: tuple[torch.Tensor, torch.Tensor] | None = None  # of the rows of the training data, on the CPU
         self.train_generator: torch.Generator | None = None
         self.random_states: list[dict[str, Any]] = []  # of each process
         self.resumed: dict[str, Any] | None = None
@@ -98,8 +101,9 @@ class EfficientTrainer(Trainer):
         loss_func = loss_func or self.model.calculate_loss
         if self.distributed and train_data.shuffle:
             train_data.sampler.set_epoch(epoch_idx)
+        self._make_resident(train_data)
         progress = tqdm(
-            train_data,
+            self._batches(train_data),
             total=len(train_data),
             ncols=100,
             desc=set_color(f"Train {epoch_idx:>5}", "pink"),
@@ -109,10 +113,13 @@ class EfficientTrainer(Trainer):
             self.graphed_step = self._make_graphed_step(train_data, loss_func)
         losses = []
         for interaction in progress:
+            places = self._places(train_data, interaction)
             if self.graphed_step:
-                losses.append(self.graphed_step(interaction))
+                losses.append(self.graphed_step(interaction, places))
             else:
-                losses.append(self._forward_backward(loss_func, interaction.to(self.device)))
+                self.model.places = places
+                losses.append(self._forward_backward(loss_func, on_device(interaction, self.device)))
+            self.model.places = None
             if self.clip_grad_norm:
                 self.scaler.unscale_(self.optimizer)
                 clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
@@ -149,6 +156,8 @@ class EfficientTrainer(Trainer):
     ) -> torch.Tensor:
         """The loss of a batch on the device, its gradients in the parameters."""
         self.optimizer.zero_grad()
+        if ROW_NUMBER in interaction:
+            interaction = self.resident.batch(interaction[ROW_NUMBER])
         if self.distributed:
             self.set_reduce_hook()
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype != torch.float32):
@@ -156,6 +165,35 @@ class EfficientTrainer(Trainer):
         with_hook = loss + self.sync_grad_loss() if self.distributed else loss
         self.scaler.scale(with_hook).backward()
         return loss.detach()
+
+    def _make_resident(self, train_data: Any) -> None:
+        """Put the training data into the memory of the GPU, where batches are then made, if they fit easily.
+
+        A data set of one's own that makes its rows in another way, and worker processes, make them on the CPU.
+        """
+        data = train_data.dataset
+        if type(data).__getitem__ is not LeanSequentialDataset.__getitem__:
+            return
+        if self.sizes is None:
+            self.sizes = data.sizes()
+            if self.device.type == "cuda" and train_data.num_workers == 0:
+                self.resident = data.on_device(self.device)
+
+    def _batches(self, train_data: Any) -> Iterator[Interaction]:
+        """What the loader gives, or only the numbers of its rows, in the same order."""
+        kept = train_data.collate_fn
+        if self.resident is not None:
+            train_data.collate_fn = lambda index: Interaction({ROW_NUMBER: torch.tensor(index) + 1})
+        try:
+            return iter(train_data)
+        finally:
+            train_data.collate_fn = kept
+
+    def _places(self, train_data: Any, interaction: Interaction) -> Places | None:
+        """How many positions and targets a batch on the CPU has."""
+        if ROW_NUMBER in interaction:
+            return Places(*(int(size[interaction[ROW_NUMBER] - 1].sum()) for size in self.sizes))
+        return None if self.sizes is None else train_data.dataset.places(interaction)
 
     def _wants_graph(self, train_data: Any) -> bool:
         """What `cuda_graph` means here.
@@ -167,16 +205,17 @@ class EfficientTrainer(Trainer):
         obstacles = {
             f"on {self.device.type}": self.device.type != "cuda",
             "with several processes": self.distributed,
-            f"with attention: {self.config['attention']}": self.config["attention"] == "packed",
             f"with loss_type: {self.config['loss_type']}": not self.model.loss.capturable,
         }
         for obstacle, present in obstacles.items():
             if present and wanted is True:
                 raise ValueError(f"cuda_graph: True is not valid {obstacle}; it takes auto or False there")
-        positions = train_data.batch_size * self.config["MAX_ITEM_LIST_LENGTH"]
-        return wanted is True or (
-            wanted == "auto" and not any(obstacles.values()) and positions <= MAX_GRAPHED_POSITIONS
-        )
+        if wanted is False or any(obstacles.values()):
+            return False
+        padded = train_data.batch_size * self.config["MAX_ITEM_LIST_LENGTH"]
+        positions = train_data.dataset.capacity(train_data.batch_size).positions
+        positions = positions if packs(self.config["attention"], positions, padded) else padded
+        return wanted is True or (wanted == "auto" and positions <= MAX_GRAPHED_POSITIONS)
 
     def _make_graphed_step(self, train_data: Any, loss_func: Callable[[Interaction], torch.Tensor]) -> GraphedStep:
         rows = min(train_data.batch_size, len(train_data.dataset))
@@ -184,8 +223,7 @@ class EfficientTrainer(Trainer):
             self.model,
             lambda interaction: self._forward_backward(loss_func, interaction),
             rows,
-            train_data.dataset.target_capacity(rows),
-            TARGET_COUNT,
+            train_data.dataset.capacity(rows),
         )
 
     def fit(

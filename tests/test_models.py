@@ -148,13 +148,20 @@ def test_all_targets_give_the_mean_over_all_prefixes(pair, attention):
     assert_equal_gradients(stock, ours, truth)
 
 
-def test_next_items():
-    items = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [9, 0, 0, 0], [5, 5, 5, 0]])
-    expected = [[6, 7, 8, 1], [6, 2, 0, 0], [3, 0, 0, 0], [5, 5, 4, 0]]
-    lengths, last = torch.tensor([4, 2, 1, 3]), torch.tensor([1, 2, 3, 4])
-    assert next_items(items, lengths, last, lengths).tolist() == expected
-    expected = [[0, 0, 8, 1], [0, 2, 0, 0], [3, 0, 0, 0], [0, 5, 4, 0]]
-    assert next_items(items, lengths, last, torch.tensor([2, 1, 1, 2])).tolist() == expected
+@pytest.mark.parametrize("left_over", [0, 3])
+def test_next_items(left_over):
+    items = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [9, 0, 0, 0], [0, 0, 0, 0], [5, 5, 5, 0]])
+    lengths, last = torch.tensor([4, 2, 1, 0, 3]), torch.tensor([1, 2, 3, 0, 4])
+    for count, expected in (
+        ([4, 2, 1, 0, 3], [[6, 7, 8, 1], [6, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0], [5, 5, 4, 0]]),
+        ([2, 1, 1, 0, 2], [[0, 0, 8, 1], [0, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0], [0, 5, 4, 0]]),
+    ):
+        expected = torch.tensor(expected)
+        row, position, target = next_items(items, lengths, last, torch.tensor(count), sum(count) + left_over)
+        assert torch.equal(torch.stack([row, position])[:, : sum(count)], expected.nonzero().T)
+        assert target.tolist() == [*expected[expected != 0].tolist(), *[0] * left_over]
+        assert len(row) == len(position) == sum(count) + left_over
+        assert position.min() >= 0 and position.max() < 4
 
 
 @pytest.mark.parametrize("train_targets", ["all", "last"])

@@ -13,9 +13,10 @@ from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import nn
+from torch.nn import functional as F
 
-from recbole_cce.data import TARGET_COUNT
-from recbole_cce.layers import encode
+from recbole_cce.data import TARGET_COUNT, Places
+from recbole_cce.layers import Packing, encode, pack, packs
 from recbole_cce.losses import LOSSES
 
 
@@ -35,36 +36,54 @@ class EfficientSASRec(SASRec):
         self.loss_type = config["loss_type"]
         self.train_targets = config["train_targets"]
         self.attention = config["attention"]
-        # places for the targets of a batch where their number must not depend on it: see cuda_graph.py
-        self.target_capacity: int | None = None
+        # for the positions and targets of the next batch, set by the trainer, who knows them on the host
+        self.places: Places | None = None
         self.loss: nn.Module = LOSSES[self.loss_type](config, item_counts(dataset))
         self.catalogue = fingerprint(dataset.field2id_token[self.ITEM_ID])
         self.other_parameter_name = ["catalogue"]
 
-    def hidden_states(self, item_seq: torch.Tensor) -> torch.Tensor:
-        """[B, L] items, padded with 0 on the right -> [B, L, D] hidden states, meaningless at padded positions."""
-        positions = self.position_embedding.weight[: item_seq.size(1)]
-        embedded = self.dropout(self.LayerNorm(self.item_embedding(item_seq) + positions))
-        return encode(self.trm_encoder, embedded, item_seq != 0, self.attention)
+    def encoded(self, item_seq: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
+        """Items [B, L] padded with 0 on the right, or packed [P], -> their hidden states [..., D]: layers.encode."""
+        if isinstance(where, Packing):
+            position = self.position_embedding(where.position)
+        else:
+            position = self.position_embedding.weight[: item_seq.size(1)]
+        embedded = self.dropout(self.LayerNorm(self.item_embedding(item_seq) + position))
+        return encode(self.trm_encoder, embedded, where, self.attention)
+
+    def hidden_states(
+        self, item_seq: torch.Tensor, lengths: torch.Tensor, row: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, L] items, padded with 0 on the right, and [B] lengths -> [N, D] hidden states of the N positions
+        `position` of the rows `row`."""
+        rows, width = item_seq.shape
+        if packs(self.attention, self.places and self.places.positions, rows * width):
+            # without places it waits for the device
+            packing = pack(lengths, width, self.places.positions if self.places else int(lengths.sum()))
+            items = F.pad(item_seq.flatten(), (0, 1))[packing.index]
+            hidden = self.encoded(items, packing)
+            index = (packing.starts[row] + position).clamp(max=len(hidden) - 1)  # a row of padding has none
+        else:
+            hidden = self.encoded(item_seq, item_seq != 0).flatten(0, 1)
+            index = row * width + position
+        return hidden.index_select(0, index)  # its gradient needs no sorting, that of hidden[index] does
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """[B, L] items and [B] lengths -> [B, D] hidden states of the last positions."""
-        return self.gather_indexes(self.hidden_states(item_seq), item_seq_len - 1)
+        row = torch.arange(len(item_seq), device=item_seq.device)
+        return self.hidden_states(item_seq, item_seq_len, row, (item_seq_len - 1).clamp(min=0))
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The loss of `loss_type`, averaged over the targets of the batch."""
-        item_seq = interaction[self.ITEM_SEQ]
-        lengths = interaction[self.ITEM_SEQ_LEN].clamp(min=1)  # a row of padding has none
-        target = interaction[self.POS_ITEM_ID]
+        item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        last = interaction[self.POS_ITEM_ID]
         if self.train_targets == "last":
-            return self.loss(self.forward(item_seq, lengths), target, self.item_embedding.weight)
-        target = next_items(item_seq, lengths, target, interaction[TARGET_COUNT]).flatten()
-        if self.target_capacity is None:
-            rows = target.nonzero().squeeze(1)  # waits for the device once a batch
-        else:
-            rows = (target == 0).to(torch.uint8).argsort(stable=True)[: self.target_capacity]
-        hidden = self.hidden_states(item_seq).flatten(0, 1)[rows]
-        return self.loss(hidden, target[rows], self.item_embedding.weight)
+            return self.loss(self.forward(item_seq, lengths), last, self.item_embedding.weight)
+        count = interaction[TARGET_COUNT]
+        # without places it waits for the device
+        places = self.places.targets if self.places else int(count.sum())
+        row, position, target = next_items(item_seq, lengths, last, count, places)
+        return self.loss(self.hidden_states(item_seq, lengths, row, position), target, self.item_embedding.weight)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, with a clear error when the weights belong to another catalogue or size.
@@ -105,15 +124,31 @@ class SASRecSCE(EfficientSASRec):
     """SASRec with scalable cross-entropy by default (`loss_type: SCE`, arXiv 2409.18721)."""
 
 
-def next_items(item_seq: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The target of every position: the item after it, the row's held-out `last` [B] at the end, 0 on padding.
+def next_items(
+    item_seq: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, count: torch.Tensor, places: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The positions of a batch that are trained, and their targets.
 
-    Only the last `count` [B] positions of a row have one: the others are trained in another row.
+    Args:
+        item_seq: [B, L] items, padded with 0 on the right.
+        lengths: [B] how many there are in each row.
+        last: [B] the item after the last one of each row.
+        count: [B] how many of a row's last positions are trained: the others are in another row.
+        places: N, the sum of `count` or more.
+
+    Returns:
+        [N] rows and [N] positions in them, in order, and [N] the items that come next; 0 in places that are left over.
     """
-    target = torch.cat([item_seq[:, 1:], item_seq.new_zeros(len(item_seq), 1)], dim=1)
-    target = target.scatter(1, (lengths - 1)[:, None], last[:, None])
-    position = torch.arange(item_seq.size(1), device=item_seq.device)
-    return target.masked_fill(position < (lengths - count)[:, None], 0)
+    width = item_seq.size(1)
+    ends = count.cumsum(0)
+    place = torch.arange(places, device=item_seq.device)
+    row = torch.searchsorted(ends, place, right=True)
+    left_over = row == len(count)
+    row = row.clamp(max=len(count) - 1)
+    following = lengths[row] - ends[row] + place + 1
+    target = item_seq.flatten()[row * width + following.clamp(max=width - 1)]
+    target = torch.where(following < lengths[row], target, last[row]).masked_fill(left_over, 0)
+    return row, (following - 1).clamp(max=width - 1), target
 
 
 def item_counts(dataset: Any) -> torch.Tensor:

@@ -83,7 +83,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "RecBole": ("SASRec", {}),
     "RecBole, AMP": ("SASRec", {"enable_amp": True, "enable_scaler": True}),
     "ours CCE-": ("SASRecCCE", {"loss_type": "CCE-"}),
-    "ours CCE-, not compiled": ("SASRecCCE", {"loss_type": "CCE-", "amp_dtype": "auto"}),
+    "ours CCE-, not compiled": ("SASRecCCE", {"loss_type": "CCE-", "compile_encoder": False}),
     "ours CCE": ("SASRecCCE", {"loss_type": "CCE"}),
     "ours SCE": ("SASRecSCE", {"loss_type": "SCE"}),
     "ours gBCE": ("SASRecCCE", {"loss_type": "gBCE"}),

@@ -8,7 +8,6 @@ rows of padding, and the model keeps its positions and targets in a fixed number
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import le
 
 import torch
 from recbole.data.interaction import Interaction
@@ -66,7 +65,11 @@ class GraphedStep:
 
     def fits(self, interaction: Interaction, places: Places) -> bool:
         """Whether the fixed tensors hold the batch."""
-        return len(interaction) <= self.rows and all(map(le, places, self.capacity))
+        return (
+            len(interaction) <= self.rows
+            and places.positions <= self.capacity.positions
+            and places.targets <= self.capacity.targets
+        )
 
     def fill(self, interaction: Interaction) -> None:
         """Copy the batch into the fixed tensors; rows past its end are zero."""

@@ -47,10 +47,14 @@ LINES_AT_A_TIME = 2**21
 
 
 class Places(NamedTuple):
-    """How many places a training batch needs: as many as it has real positions and targets, or more of them."""
+    """How many places a training batch needs: as many as it has real positions and targets, or more of them.
+
+    `fixed`: batches of other rows have equally many.
+    """
 
     positions: int
     targets: int
+    fixed: bool = False
 
 
 class Gathered(MutableMapping[str, torch.Tensor]):
@@ -516,7 +520,7 @@ class LeanSequentialDataset(SequentialDataset):
             largest = size.topk(min(rows, len(size))).values.sum()
             return math.ceil(min(rows * size.mean() + 6 * deviation, largest))
 
-        return Places(*map(most, self.sizes()))
+        return Places(*map(most, self.sizes()), fixed=True)
 
     # Batches made on a GPU
 

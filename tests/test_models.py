@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,9 +12,12 @@ import pytest
 import torch
 from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from recbole_cce.data import Places
 from recbole_cce.losses import LOSSES, SCE, CCEMinus
+from recbole_cce.models import sasrec
 from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE, fingerprint, next_items
 from tests.build import configure, experiment
 from tests.test_layers import ATTENTION
@@ -197,6 +203,44 @@ def test_popularity_counts_the_targets_of_the_training_split(tiny_config):
         q = torch.tensor([max(1, counts[token]) for token in tokens]).double().sqrt()
         log_q = run.model.loss.sampler.log_q(torch.arange(len(tokens)), len(tokens))
         torch.testing.assert_close(log_q.double().exp(), q / q.sum(), rtol=1e-6, atol=0)
+
+
+# Compiled
+
+
+COMPILERS = [
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")),
+]
+
+
+@pytest.mark.parametrize("backend", COMPILERS)
+@pytest.mark.parametrize("attention", ["sdpa", "packed"])
+@pytest.mark.parametrize("train_targets", ["all", "last"])
+def test_compiled_steps_are_equal_and_compiled_once(pair, monkeypatch, backend, attention, train_targets):
+    """Loss and gradients of batches of other sizes, the smaller last one among them; one compilation for all."""
+    compiler = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(sasrec, "compiled_encoded", lambda: torch.compile(sasrec.encoded, backend=compiler))
+    torch._dynamo.reset()
+    _, ours = pair(loss_type="CCE", attention=attention, train_targets=train_targets, **NO_DROPOUT)
+    names = list(ours.state_dict())
+    whole = batch(ours.n_items, 8)
+    for rows in (whole, whole[3:], whole[[0, 5]], whole[:6]):
+        results = []
+        for ours.compiled in (False, True):
+            ours.zero_grad()
+            ours.places = Places(int(rows["item_length"].sum()), int(rows["target_count"].sum()))
+            loss = ours.calculate_loss(rows)
+            loss.backward()
+            results.append([loss.detach(), *(parameter.grad for parameter in ours.parameters())])
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+    assert compiler.frame_count == 1
+    with torch.no_grad():  # evaluation is not compiled
+        ours.calculate_loss(whole), ours.eval().full_sort_predict(whole)
+    assert compiler.frame_count == 1
+    assert list(ours.state_dict()) == names
+    assert list(copy.deepcopy(ours).state_dict()) == names == list(pickle.loads(pickle.dumps(ours)).state_dict())
 
 
 # Bad input

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import nn
+from torch._dynamo import maybe_mark_dynamic as mark_dynamic
 from torch.nn import functional as F
 
 from recbole_cce.data import TARGET_COUNT, Places
@@ -38,18 +40,10 @@ class EfficientSASRec(SASRec):
         self.attention = config["attention"]
         # for the positions and targets of the next batch, set by the trainer, who knows them on the host
         self.places: Places | None = None
+        self.compiled = False  # set by the trainer: whether training steps encode with torch.compile
         self.loss: nn.Module = LOSSES[self.loss_type](config, item_counts(dataset))
         self.catalogue = fingerprint(dataset.field2id_token[self.ITEM_ID])
         self.other_parameter_name = ["catalogue"]
-
-    def encoded(self, item_seq: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
-        """Items [B, L] padded with 0 on the right, or packed [P], -> their hidden states [..., D]: layers.encode."""
-        if isinstance(where, Packing):
-            position = self.position_embedding(where.position)
-        else:
-            position = self.position_embedding.weight[: item_seq.size(1)]
-        embedded = self.dropout(self.LayerNorm(self.item_embedding(item_seq) + position))
-        return encode(self.trm_encoder, embedded, where, self.attention)
 
     def hidden_states(
         self, item_seq: torch.Tensor, lengths: torch.Tensor, row: torch.Tensor, position: torch.Tensor
@@ -61,12 +55,20 @@ class EfficientSASRec(SASRec):
             # without places it waits for the device
             packing = pack(lengths, width, self.places.positions if self.places else int(lengths.sum()))
             items = F.pad(item_seq.flatten(), (0, 1))[packing.index]
-            hidden = self.encoded(items, packing)
+            hidden = self._encoded(items, packing)
             index = (packing.starts[row] + position).clamp(max=len(hidden) - 1)  # a row of padding has none
         else:
-            hidden = self.encoded(item_seq, item_seq != 0).flatten(0, 1)
+            hidden = self._encoded(item_seq, item_seq != 0).flatten(0, 1)
             index = row * width + position
         return hidden.index_select(0, index)  # its gradient needs no sorting, that of hidden[index] does
+
+    def _encoded(self, items: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
+        if not (self.compiled and self.training and torch.is_grad_enabled()):
+            return encoded(self, items, where)
+        if self.places is None or not self.places.fixed:
+            for tensor in (items, *where[:4]) if isinstance(where, Packing) else (items, where):
+                mark_dynamic(tensor, 0)
+        return compiled_encoded()(self, items, where)
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """[B, L] items and [B] lengths -> [B, D] hidden states of the last positions."""
@@ -122,6 +124,22 @@ class SASRecCCE(EfficientSASRec):
 
 class SASRecSCE(EfficientSASRec):
     """SASRec with scalable cross-entropy by default (`loss_type: SCE`, arXiv 2409.18721)."""
+
+
+def encoded(model: SASRec, items: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
+    """Hidden states [..., D] of items [B, L] padded with 0 on the right, or packed [P]; `where` as of layers.encode."""
+    if isinstance(where, Packing):
+        position = model.position_embedding(where.position)
+    else:
+        position = model.position_embedding.weight[: items.size(1)]
+    embedded = model.dropout(model.LayerNorm(model.item_embedding(items) + position))
+    return encode(model.trm_encoder, embedded, where, model.attention)
+
+
+@functools.cache
+def compiled_encoded() -> Callable[[SASRec, torch.Tensor, torch.Tensor | Packing], torch.Tensor]:
+    """encoded() of torch.compile: a function, so that modules and state dicts stay what they are."""
+    return torch.compile(encoded)
 
 
 def next_items(

@@ -16,11 +16,11 @@ from torch import distributed, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_cce import checkpoints
+from recbole_cce import checkpoints, out_of_memory
 from recbole_cce.compat import checkpoint_state, share_file_name
 from recbole_cce.cuda_graph import GraphedStep, on_device
 from recbole_cce.data import ROW_NUMBER, LeanSequentialDataset, Places
-from recbole_cce.evaluation import TopK, top_items
+from recbole_cce.evaluation import TopK, auto_chunk_items, top_items
 from recbole_cce.files import remove_parts
 from recbole_cce.layers import packs
 from recbole_cce.ops.backend import triton_unavailable
@@ -97,6 +97,7 @@ class EfficientTrainer(Trainer):
         """One epoch; returns the sum of the batch losses, as RecBole logs it.
 
         Raises:
+            torch.OutOfMemoryError: says which settings to lower, and to what.
             ValueError: a loss was NaN; names the first such step. The last checkpoint is from before.
         """
         self._save_last()  # the epoch before: only now its validation is over
@@ -120,17 +121,12 @@ class EfficientTrainer(Trainer):
         losses = []
         for interaction in progress:
             places = self._places(train_data, interaction)
-            if self.graphed_step:
-                losses.append(self.graphed_step(interaction, places))
-            else:
-                self.model.places = places
-                losses.append(self._forward_backward(loss_func, on_device(interaction, self.device)))
-            self.model.places = None
-            if self.clip_grad_norm:
-                self.scaler.unscale_(self.optimizer)
-                clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            try:
+                losses.append(self._step(interaction, places, loss_func))
+            except torch.OutOfMemoryError as error:
+                memory = out_of_memory.usage(error, self.device)
+                advice = out_of_memory.training_advice(self.config, self.model, places, *memory)
+                raise torch.OutOfMemoryError(f"{error}\nOut of memory in training: {advice}") from error
             if self.gpu_available and show_progress:
                 progress.set_postfix_str(set_color("GPU RAM: " + get_gpu_usage(self.device), "yellow"), refresh=False)
         losses = torch.stack(losses).double().cpu()
@@ -156,6 +152,25 @@ class EfficientTrainer(Trainer):
             self.tensorboard.add_scalar("Memory/peak GiB", peak, epoch_idx)
             extra += f", {set_color('peak GPU memory', 'blue')}: {peak:.2f} GiB"
         return line[:-1] + extra + "]"
+
+    def _step(
+        self, interaction: Interaction, places: Places | None, loss_func: Callable[[Interaction], torch.Tensor]
+    ) -> torch.Tensor:
+        """One step of the optimizer; the loss of its batch, which is on the CPU, on the device."""
+        try:
+            if self.graphed_step:
+                loss = self.graphed_step(interaction, places)
+            else:
+                self.model.places = places
+                loss = self._forward_backward(loss_func, on_device(interaction, self.device))
+        finally:
+            self.model.places = None
+        if self.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss
 
     def _forward_backward(
         self, loss_func: Callable[[Interaction], torch.Tensor], interaction: Interaction
@@ -360,11 +375,28 @@ class EfficientTrainer(Trainer):
         self.resumed = checkpoint
 
     def evaluate(self, eval_data: Any, *args: Any, **kwargs: Any) -> dict[str, float] | None:
-        """As RecBole's; ranking metrics of several processes are computed over all their users together."""
+        """As RecBole's; ranking metrics of several processes are computed over all their users together.
+
+        Raises:
+            torch.OutOfMemoryError: says which settings to lower, and to what.
+        """
         if eval_data:
             self.eval_collector.n_samples = eval_data.sample_size
             self.evaluated = eval_data.dataset
-        return super().evaluate(eval_data, *args, **kwargs)
+        try:
+            return super().evaluate(eval_data, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            chunk_items = self.config["eval_chunk_items"]
+            if chunk_items == "auto":
+                chunk_items = auto_chunk_items(self.config["eval_batch_size"])
+            advice = out_of_memory.evaluation_advice(
+                self.config,
+                self.model,
+                min(chunk_items, self.model.n_items),
+                self.eval_collector.needs_scores(),
+                *out_of_memory.usage(error, self.device),
+            )
+            raise torch.OutOfMemoryError(f"{error}\nOut of memory in evaluation: {advice}") from error
 
     def _map_reduce(self, result: dict[str, float], num_sample: int) -> dict[str, float]:
         # RecBole's average over the processes: only value metrics still need one

@@ -159,7 +159,6 @@ class Data:
             "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
             "MAX_ITEM_LIST_LENGTH": self.shape.length,
             "hidden_size": self.shape.columns,
-            "inner_size": 4 * self.shape.columns,
             "train_batch_size": self.shape.batch,
             "user_inter_num_interval": None,
             "item_inter_num_interval": None,

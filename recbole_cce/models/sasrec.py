@@ -15,6 +15,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import nn
 from torch._dynamo import maybe_mark_dynamic as mark_dynamic
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.data import TARGET_COUNT, Places
@@ -47,45 +48,56 @@ class EfficientSASRec(SASRec):
 
     def hidden_states(
         self, item_seq: torch.Tensor, lengths: torch.Tensor, row: torch.Tensor, position: torch.Tensor
-    ) -> torch.Tensor:
-        """[B, L] items, padded with 0 on the right, and [B] lengths -> [N, D] hidden states of the N positions
-        `position` of the rows `row`."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [N, D] at N positions, and the item table [V+1, D] for a loss over them.
+
+        Args:
+            item_seq: [B, L] items, padded with 0 on the right.
+            lengths: [B] how many there are in each row.
+            row, position: [N] each, places in `item_seq`.
+        """
         rows, width = item_seq.shape
         if packs(self.attention, self.places and self.places.positions, rows * width):
             # without places it waits for the device
-            packing = pack(lengths, width, self.places.positions if self.places else int(lengths.sum()))
-            items = F.pad(item_seq.flatten(), (0, 1))[packing.index]
-            hidden = self._encoded(items, packing)
-            index = (packing.starts[row] + position).clamp(max=len(hidden) - 1)  # a row of padding has none
+            where = pack(lengths, width, self.places.positions if self.places else int(lengths.sum()))
+            items = F.pad(item_seq.flatten(), (0, 1))[where.index]
+            index = (where.starts[row] + position).clamp(max=len(items) - 1)  # a row of padding has no place
         else:
-            hidden = self._encoded(item_seq, item_seq != 0).flatten(0, 1)
+            where, items = item_seq != 0, item_seq
             index = row * width + position
-        return hidden.index_select(0, index)  # its gradient needs no sorting, that of hidden[index] does
+        if self.training and torch.is_grad_enabled():
+            vectors, table = Lookup.apply(self.item_embedding.weight, items)
+        else:
+            vectors, table = self.item_embedding(items), self.item_embedding.weight
+        hidden = self._encoded(vectors, where)
+        # the gradient of index_select needs no sorting, that of hidden[index] does
+        return hidden.view(-1, hidden.size(-1)).index_select(0, index), table
 
-    def _encoded(self, items: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
+    def _encoded(self, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
         if not (self.compiled and self.training and torch.is_grad_enabled()):
-            return encoded(self, items, where)
+            return encoded(self, vectors, where)
         if self.places is None or not self.places.fixed:
-            for tensor in (items, *where[:4]) if isinstance(where, Packing) else (items, where):
+            for tensor in (vectors, *where[:4]) if isinstance(where, Packing) else (vectors, where):
                 mark_dynamic(tensor, 0)
-        return compiled_encoded()(self, items, where)
+        return compiled_encoded()(self, vectors, where)
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """[B, L] items and [B] lengths -> [B, D] hidden states of the last positions."""
-        row = torch.arange(len(item_seq), device=item_seq.device)
-        return self.hidden_states(item_seq, item_seq_len, row, (item_seq_len - 1).clamp(min=0))
+        return self.hidden_states(item_seq, item_seq_len, *last_positions(item_seq_len))[0]
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The loss of `loss_type`, averaged over the targets of the batch."""
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
-        last = interaction[self.POS_ITEM_ID]
+        target = interaction[self.POS_ITEM_ID]
         if self.train_targets == "last":
-            return self.loss(self.forward(item_seq, lengths), last, self.item_embedding.weight)
-        count = interaction[TARGET_COUNT]
-        # without places it waits for the device
-        places = self.places.targets if self.places else int(count.sum())
-        row, position, target = next_items(item_seq, lengths, last, count, places)
-        return self.loss(self.hidden_states(item_seq, lengths, row, position), target, self.item_embedding.weight)
+            row, position = last_positions(lengths)
+        else:
+            count = interaction[TARGET_COUNT]
+            # without places it waits for the device
+            places = self.places.targets if self.places else int(count.sum())
+            row, position, target = next_items(item_seq, lengths, target, count, places)
+        hidden, table = self.hidden_states(item_seq, lengths, row, position)
+        return self.loss(hidden, target, table)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, with a clear error when the weights belong to another catalogue or size.
@@ -126,13 +138,40 @@ class SASRecSCE(EfficientSASRec):
     """SASRec with scalable cross-entropy by default (`loss_type: SCE`, arXiv 2409.18721)."""
 
 
-def encoded(model: SASRec, items: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
-    """Hidden states [..., D] of items [B, L] padded with 0 on the right, or packed [P]; `where` as of layers.encode."""
+class Lookup(torch.autograd.Function):
+    """Rows of the item table, and the table itself for the loss: its gradient from both is one tensor.
+
+    Otherwise a second one of [V+1, D] would be filled, written to and added to the first: 16 bytes a number of the
+    table in each step, where Adam has to move 28.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[V+1, D] table and items [...] -> [..., D] and the table."""
+        ctx.save_for_backward(items)
+        ctx.set_materialize_grads(False)
+        ctx.shape = weight.shape
+        return F.embedding(items, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: torch.Tensor, grad_table: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        """The loss's gradient, which nothing else holds, with those of the rows added; none for the padding item."""
+        (items,) = ctx.saved_tensors
+        if grad_table is None:
+            grad_table = grad_rows.new_zeros(ctx.shape)
+        grad_table.index_add_(0, items.flatten(), grad_rows.flatten(0, -2).to(grad_table.dtype))
+        grad_table[0].zero_()
+        return grad_table, None
+
+
+def encoded(model: SASRec, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
+    """Hidden states [..., D] of items' vectors [B, L, D] or packed [P, D]; `where` as of layers.encode."""
     if isinstance(where, Packing):
         position = model.position_embedding(where.position)
     else:
-        position = model.position_embedding.weight[: items.size(1)]
-    embedded = model.dropout(model.LayerNorm(model.item_embedding(items) + position))
+        position = model.position_embedding.weight[: vectors.size(1)]
+    embedded = model.dropout(model.LayerNorm(vectors + position))
     return encode(model.trm_encoder, embedded, where, model.attention)
 
 
@@ -140,6 +179,11 @@ def encoded(model: SASRec, items: torch.Tensor, where: torch.Tensor | Packing) -
 def compiled_encoded() -> Callable[[SASRec, torch.Tensor, torch.Tensor | Packing], torch.Tensor]:
     """encoded() of torch.compile: a function, so that modules and state dicts stay what they are."""
     return torch.compile(encoded)
+
+
+def last_positions(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] rows and [B] their last positions; the first one of a row of padding."""
+    return torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
 
 
 def next_items(

@@ -205,6 +205,25 @@ def test_popularity_counts_the_targets_of_the_training_split(tiny_config):
         torch.testing.assert_close(log_q.double().exp(), q / q.sum(), rtol=1e-6, atol=0)
 
 
+def test_gradients_of_lookup_and_loss_are_one():
+    """As nn.Embedding's and the table's own, added; the padding row's is the loss's alone."""
+    items, factor = torch.tensor([[3, 0, 3], [1, 4, 0]]), torch.randn(2, 3, 5, dtype=torch.double)
+    weight = torch.randn(6, 5, dtype=torch.double)
+    gradients = []
+    for lookup in (
+        lambda leaf: (F.embedding(items, leaf, padding_idx=0), leaf),
+        lambda leaf: sasrec.Lookup.apply(leaf, items),
+    ):
+        for uses_table in (True, False):
+            leaf = weight.clone().requires_grad_()
+            rows, table = lookup(leaf)
+            ((rows * factor).sum() + (table.exp().sum() if uses_table else 0)).backward()
+            gradients.append(leaf.grad)
+    for theirs, ours in zip(gradients[:2], gradients[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    assert gradients[2][0].all() and not gradients[3][0].any()
+
+
 # Compiled
 
 

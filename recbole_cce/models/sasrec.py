@@ -156,12 +156,13 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_table: torch.Tensor | None) -> tuple[torch.Tensor, None]:
-        """The loss's gradient, which nothing else holds, with those of the rows added; none for the padding item."""
+        """The loss's gradient, which nothing else holds, with those of the rows added, but for the padding item's."""
         (items,) = ctx.saved_tensors
         if grad_table is None:
             grad_table = grad_rows.new_zeros(ctx.shape)
+        of_padding = grad_table[0].clone()
         grad_table.index_add_(0, items.flatten(), grad_rows.flatten(0, -2).to(grad_table.dtype))
-        grad_table[0].zero_()
+        grad_table[0] = of_padding
         return grad_table, None
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from recbole_cce.data import Places
+from recbole_cce.layers import packs
+
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 GIB = 2**30
 USABLE = 0.9  # of the memory: the rest is lost to other processes, the CUDA context and between the blocks
 
 
-def training_advice(config: Mapping[str, Any], model: nn.Module, places: Any, peak: int, total: int) -> str:
+def training_advice(config: Mapping[str, Any], model: nn.Module, places: Places, peak: int, total: int) -> str:
     """Which keys to lower, and to what, after a training step ran out of memory.
 
     The step needs `peak` bytes or more: it did not end. So its parts are also estimated, bytes a position and bytes a
@@ -23,13 +26,13 @@ def training_advice(config: Mapping[str, Any], model: nn.Module, places: Any, pe
     Args:
         config: the run's configuration.
         model: with `n_items`; its parameters, their gradients and Adam's two moments are what no key below changes.
-        places: of the step: real positions and targets; None if unknown.
+        places: of the step.
         peak: bytes that were allocated, with the request that failed.
         total: bytes of the GPU.
     """
     batch, length = config["train_batch_size"], config["MAX_ITEM_LIST_LENGTH"]
-    positions = places.positions if places and config["attention"] in ("packed", "auto") else batch * length
-    targets = places.targets if places else positions
+    padded = batch * length
+    positions = places.positions if packs(config["attention"], places.positions, padded) else padded
     columns, loss_type = config["hidden_size"], config["loss_type"]
     fixed = 16 * sum(parameter.numel() for parameter in model.parameters())
     # hidden states, inner states and masks that the backward pass reads
@@ -38,8 +41,8 @@ def training_advice(config: Mapping[str, Any], model: nn.Module, places: Any, pe
         layers += config["n_layers"] * 20 * batch * config["n_heads"] * length**2
     # logits and their gradients; negatives' vectors and theirs
     head = {
-        "CE": 10 * targets * model.n_items,
-        "CE-": 8 * targets * (config["num_negatives"] or 0) * columns,
+        "CE": 10 * places.targets * model.n_items,
+        "CE-": 8 * places.targets * (config["num_negatives"] or 0) * columns,
     }.get(loss_type, 0)
     needed = max(peak - fixed, layers + head)
     share = (USABLE * total - fixed) / needed

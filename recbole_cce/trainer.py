@@ -154,7 +154,7 @@ class EfficientTrainer(Trainer):
         return line[:-1] + extra + "]"
 
     def _step(
-        self, interaction: Interaction, places: Places | None, loss_func: Callable[[Interaction], torch.Tensor]
+        self, interaction: Interaction, places: Places, loss_func: Callable[[Interaction], torch.Tensor]
     ) -> torch.Tensor:
         """One step of the optimizer; the loss of its batch, which is on the CPU, on the device."""
         try:
@@ -210,11 +210,11 @@ class EfficientTrainer(Trainer):
         finally:
             train_data.collate_fn = kept
 
-    def _places(self, train_data: Any, interaction: Interaction) -> Places | None:
+    def _places(self, train_data: Any, interaction: Interaction) -> Places:
         """How many positions and targets a batch on the CPU has."""
         if ROW_NUMBER in interaction:
             return Places(*(int(size[interaction[ROW_NUMBER] - 1].sum()) for size in self.sizes))
-        return None if self.sizes is None else train_data.dataset.places(interaction)
+        return train_data.dataset.places(interaction)
 
     def _wants_compile(self, train_data: Any) -> bool:
         """What `compile_encoder` means here.
@@ -256,8 +256,8 @@ class EfficientTrainer(Trainer):
                 raise ValueError(f"cuda_graph: True is not valid {obstacle}; it takes auto or False there")
         if wanted is False or any(obstacles.values()):
             return False
-        padded = train_data.batch_size * self.config["MAX_ITEM_LIST_LENGTH"]
-        positions = train_data.dataset.capacity(train_data.batch_size).positions
+        rows = min(train_data.batch_size, len(train_data.dataset))
+        padded, positions = rows * self.config["MAX_ITEM_LIST_LENGTH"], train_data.dataset.capacity(rows).positions
         positions = positions if packs(self.config["attention"], positions, padded) else padded
         return wanted is True or (wanted == "auto" and positions <= MAX_GRAPHED_POSITIONS)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_cce import cuda_graph
+from recbole_cce import cuda_graph, trainer
 from recbole_cce.data import Places
 from recbole_cce.layers import packs
 from recbole_cce.losses import LOSSES
@@ -77,10 +77,13 @@ def test_where_a_step_cannot_be_captured(tiny_config):
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     "settings",
-    [{"loss_type": "SCE"}, {"cuda_graph": False}, {"train_batch_size": 2**18}],
+    [{"loss_type": "SCE"}, {"cuda_graph": False}, {"MAX_ITEM_LIST_LENGTH": 16, "attention": "sdpa"}],
     ids=str,
 )
-def test_where_auto_captures_nothing(tiny_config, settings):
+def test_where_auto_captures_nothing(tiny_config, settings, monkeypatch):
+    monkeypatch.setattr(trainer, "MAX_GRAPHED_POSITIONS", 16 * 8)
+    fit(captured := experiment("SASRecCCE", {**tiny_config, **GPU}))
+    assert captured.trainer.graphed_step is not None
     run = experiment("SASRecCCE", {**tiny_config, **GPU, **settings})
     fit(run)
     assert run.trainer.graphed_step is None
@@ -128,7 +131,7 @@ def test_random_numbers_are_those_of_the_uncaptured_step(tiny_config, monkeypatc
     settings = {**tiny_config, **GPU, "loss_type": loss_type, "loss_backend": backend, "amp_dtype": amp_dtype}
     settings |= {"epochs": 4, "learning_rate": 0.01}
     run, losses, random_state = trained(settings, captured=True)
-    (batch,) = [batch for batch in run.trainer._batches(run.train) if len(batch) == 8]
+    batch = next(iter(run.trainer._batches(run.train)))
     places = run.trainer._places(run.train, batch)
     losses_again = {run.trainer.graphed_step(batch, places).item() for _ in range(3)}
     assert len(losses_again) == 3, "the same random numbers again"

@@ -79,7 +79,10 @@ CONFIG = {
 }
 
 
-def advice(peak=81 * GIB, places=None, n_items=100_000, **settings):
+MANY = Places(200_000, 200_000)
+
+
+def advice(peak=81 * GIB, places=MANY, n_items=100_000, **settings):
     config = {**CONFIG, **settings}
     return out_of_memory.training_advice(config, Model(n_items, config["hidden_size"]), places, peak, 80 * GIB)
 

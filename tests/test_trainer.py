@@ -342,7 +342,7 @@ def test_compiled_training_is_the_same_to_rounding(tiny_config, attention, cuda_
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"attention": "packed"}, {"train_targets": "last"}], ids=str)
 def test_no_step_waits_for_the_gpu(tiny_config, monkeypatch, resident, settings):
-    """Captured or not, made on the GPU or on the CPU; the end of an epoch does."""
+    """Captured or not, with batches made on the GPU or on the CPU."""
     if not resident:
         monkeypatch.setattr(data, "RESIDENT_SHARE", 0)
     for cuda_graph in (False, True):
@@ -351,19 +351,15 @@ def test_no_step_waits_for_the_gpu(tiny_config, monkeypatch, resident, settings)
         for epoch in range(2):  # compiles and captures
             run.trainer._train_epoch(run.train, epoch)
         assert (run.trainer.resident is not None) == resident
-        stack = torch.stack
-
-        def end_of_epoch(*args, stack=stack, **kwargs):
-            torch.cuda.set_sync_debug_mode("default")
-            return stack(*args, **kwargs)
-
-        monkeypatch.setattr(torch, "stack", end_of_epoch)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run.trainer._train_epoch(run.train, 2)
+            for interaction in run.trainer._batches(run.train):
+                places = run.trainer._places(run.train, interaction)
+                run.trainer._step(interaction, places, run.model.calculate_loss)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            monkeypatch.setattr(torch, "stack", stack)
+        captured = run.trainer.graphed_step is not None and run.trainer.graphed_step.graph is not None
+        assert captured == cuda_graph
 
 
 # Steps

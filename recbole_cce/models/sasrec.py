@@ -14,7 +14,6 @@ from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import nn
-from torch._dynamo import maybe_mark_dynamic as mark_dynamic
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -78,7 +77,7 @@ class EfficientSASRec(SASRec):
             return encoded(self, vectors, where)
         if self.places is None or not self.places.fixed:
             for tensor in (vectors, *where[:4]) if isinstance(where, Packing) else (vectors, where):
-                mark_dynamic(tensor, 0)
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled_encoded()(self, vectors, where)
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:

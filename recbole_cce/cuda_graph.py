@@ -2,7 +2,7 @@
 
 A step of a few thousand targets computes for less time than Python takes to launch its two to three hundred kernels.
 A graph replays them with the same shapes and addresses, so a batch is copied into fixed tensors: missing rows become
-rows of padding, and the model keeps its targets in a fixed number of places.
+rows of padding, and the model keeps its positions and targets in a fixed number of places.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from recbole.data.interaction import Interaction
 from torch import nn
+
+from recbole_cce.data import Places
 
 WARM_UP_STEPS = 3  # compile kernels, create handles and workspaces: nothing of that may happen in a capture
 
@@ -23,26 +25,19 @@ class GraphedStep:
     that `step` would draw. The gradients stay where they are from one replay to the next: no zero_grad() between.
 
     Args:
-        model: its `target_capacity` is set while `step` runs.
+        model: its `places` are set while `step` runs.
         step: clears the gradients, then forward and backward pass; reads nothing but `interaction`, waits for nothing.
         rows: of a full batch.
-        target_capacity: the most targets that a batch may have, None if there is one a row.
-        target_count: name of the field that counts a row's targets.
+        capacity: the most places that a batch may need.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        step: Callable[[Interaction], torch.Tensor],
-        rows: int,
-        target_capacity: int | None,
-        target_count: str,
+        self, model: nn.Module, step: Callable[[Interaction], torch.Tensor], rows: int, capacity: Places
     ) -> None:
         self.model = model
         self.step = step
         self.rows = rows
-        self.target_capacity = target_capacity
-        self.target_count = target_count
+        self.capacity = capacity
         self.device = next(model.parameters()).device
         self.stream = torch.cuda.Stream(self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -51,30 +46,30 @@ class GraphedStep:
         self.gradients: list[torch.Tensor | None] = []
         self.warm_up_steps = WARM_UP_STEPS
 
-    def __call__(self, interaction: Interaction) -> torch.Tensor:
+    def __call__(self, interaction: Interaction, places: Places) -> torch.Tensor:
         """The loss of a batch on the CPU; the gradients are then in the parameters."""
-        if not self.fits(interaction):
-            return self.step(interaction.to(self.device))
+        if not self.fits(interaction, places):
+            self.model.places = places
+            return self.step(on_device(interaction, self.device))
         self.fill(interaction)
-        self.model.target_capacity = self.target_capacity
-        try:
-            if self.graph is None and self.warm_up_steps > 0:
-                self.warm_up_steps -= 1
-                return self.warm_up()
-            if self.graph is None:
-                self.capture()
-        finally:
-            self.model.target_capacity = None
+        self.model.places = self.capacity
+        if self.graph is None and self.warm_up_steps > 0:
+            self.warm_up_steps -= 1
+            return self.warm_up()
+        if self.graph is None:
+            self.capture()
         for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
             parameter.grad = gradient
         self.graph.replay()
         return self.loss.clone()
 
-    def fits(self, interaction: Interaction) -> bool:
+    def fits(self, interaction: Interaction, places: Places) -> bool:
         """Whether the fixed tensors hold the batch."""
-        if len(interaction) > self.rows:
-            return False
-        return self.target_capacity is None or int(interaction[self.target_count].sum()) <= self.target_capacity
+        return (
+            len(interaction) <= self.rows
+            and places.positions <= self.capacity.positions
+            and places.targets <= self.capacity.targets
+        )
 
     def fill(self, interaction: Interaction) -> None:
         """Copy the batch into the fixed tensors; rows past its end are zero."""
@@ -87,7 +82,7 @@ class GraphedStep:
             )
         for field, values in interaction.interaction.items():
             fixed = self.batch[field]
-            fixed[: len(values)].copy_(values.pin_memory(), non_blocking=True)
+            fixed[: len(values)].copy_(values.pin_memory(), non_blocking=True)  # pinned, or it waits for the device
             fixed[len(values) :].zero_()
 
     def warm_up(self) -> torch.Tensor:
@@ -106,3 +101,11 @@ class GraphedStep:
         with torch.cuda.graph(self.graph, stream=self.stream):
             self.loss = self.step(self.batch)
         self.gradients = [parameter.grad for parameter in self.model.parameters()]
+
+
+def on_device(interaction: Interaction, device: torch.device) -> Interaction:
+    """Interaction.to(), which on the way to a GPU does not wait for what is computed there."""
+    if device.type != "cuda":
+        return interaction.to(device)
+    columns = interaction.interaction.items()
+    return Interaction({field: values.pin_memory().to(device, non_blocking=True) for field, values in columns})

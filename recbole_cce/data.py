@@ -8,11 +8,12 @@ rows, so each split holds the rows it holds in stock RecBole.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,11 +35,26 @@ RECBOLE_BATCH_SIZE = 2048  # rows of one target each
 TARGET_ROW = "target_row"
 # Field of a training batch: how many of a row's last positions are trained.
 TARGET_COUNT = "target_count"
+# Only field of a batch that is made on a GPU: the number of each row from 1 on, 0 for a row of padding.
+ROW_NUMBER = "row_number"
+# The most of a GPU's free memory that the data may take.
+RESIDENT_SHARE = 1 / 8
 # The C engine's way to parse numbers as the Python engine does; from pandas 3.1 it has no other, and the option is
 # deprecated.
 PANDAS_VERSION = tuple(int(part) for part in pd.__version__.split(".")[:2])
 SAME_NUMBERS = {"float_precision": "high"} if PANDAS_VERSION < (3, 1) else {}
 LINES_AT_A_TIME = 2**21
+
+
+class Places(NamedTuple):
+    """How many places a training batch needs: as many as it has real positions and targets, or more of them.
+
+    `fixed`: batches of other rows have equally many.
+    """
+
+    positions: int
+    targets: int
+    fixed: bool = False
 
 
 class Gathered(MutableMapping[str, torch.Tensor]):
@@ -333,12 +349,12 @@ class LeanSequentialDataset(SequentialDataset):
             return rows
         fields = dict(rows.interaction)
         end, length = fields.pop(TARGET_ROW)[..., None], fields[self.item_list_length_field][..., None]
-        offset = torch.arange(width)
+        offset = torch.arange(width, device=end.device)
         padding = offset >= length
         index = (end - length + offset).masked_fill_(padding, 0)
         for list_field, field in self.list_fields.items():
-            fields[list_field] = self.flat[field][index]
-            fields[list_field][padding] = 0
+            values = self.flat[field][index]
+            fields[list_field] = values.masked_fill_(padding.view(padding.shape + (1,) * (values.dim() - 2)), 0)
         return Interaction(fields)
 
     def __getitem__(self, index: Any, join: bool = True) -> Interaction:
@@ -468,12 +484,12 @@ class LeanSequentialDataset(SequentialDataset):
         length = rows[self.item_list_length_field]
         if TARGET_ROW not in self.inter_feat:
             return length
-        return length.where(length < self.max_item_list_len, self.window_step)
+        return length.masked_fill(length >= self.max_item_list_len, self.window_step)
 
     @property
     def n_targets(self) -> int:
         """Targets of the rows that make batches."""
-        return len(self) if self.windows is None else int(self._target_counts(self.inter_feat[self.windows]).sum())
+        return int(self.sizes()[1].sum())
 
     def _sequences_per_batch(self) -> int:
         """As many rows as have TARGETS_PER_BATCH targets on average."""
@@ -481,17 +497,64 @@ class LeanSequentialDataset(SequentialDataset):
             return RECBOLE_BATCH_SIZE
         return max(1, round(TARGETS_PER_BATCH * len(self) / self.n_targets))
 
-    def target_capacity(self, rows: int) -> int | None:
-        """Targets that a batch of `rows` random rows practically never exceeds: six deviations above their mean.
-
-        None where each row has one.
-        """
+    def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many positions and how many targets each row that makes batches has."""
         if self.windows is None:
+            length = self.inter_feat[self.item_list_length_field]
+            return length, torch.ones_like(length)
+        rows = self.inter_feat[self.windows]
+        return rows[self.item_list_length_field], self._target_counts(rows)
+
+    def places(self, batch: Interaction) -> Places:
+        """What a batch on the CPU needs."""
+        length = batch[self.item_list_length_field]
+        targets = int(batch[TARGET_COUNT].sum()) if TARGET_COUNT in batch else len(length)
+        return Places(int(length.sum()), targets)
+
+    def capacity(self, rows: int) -> Places:
+        """What a batch of `rows` random rows practically never exceeds: six deviations above the means."""
+
+        def most(size: torch.Tensor) -> int:
+            size = size.double()
+            deviation = size.std(correction=0) * rows**0.5
+            largest = size.topk(min(rows, len(size))).values.sum()
+            return math.ceil(min(rows * size.mean() + 6 * deviation, largest))
+
+        return Places(*map(most, self.sizes()), fixed=True)
+
+    # Batches made on a GPU
+
+    def on_device(self, device: torch.device) -> LeanSequentialDataset | None:
+        """A copy whose rows are gathered on a GPU, from a table there; of no use but batch().
+
+        None where the table would take more than RESIDENT_SHARE of the free memory, the lists come from files, or
+        batches have columns of other tables.
+        """
+        if TARGET_ROW not in self.inter_feat or self.user_feat is not None or self.item_feat is not None:
             return None
-        counts = self._target_counts(self.inter_feat[self.windows]).double()
-        deviation = counts.std(correction=0) * rows**0.5
-        most = counts.topk(min(rows, len(counts))).values.sum()
-        return math.ceil(min(rows * counts.mean() + 6 * deviation, most))
+        columns = self.inter_feat.interaction
+        tensors = [*columns.table.values(), *columns.own.values()]
+        size = sum(values.numel() * values.element_size() for values in tensors)
+        if device.type == "cuda" and size > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return None
+        moved = copy.copy(self)
+        table = {name: values.to(device) for name, values in columns.table.items()}
+        moved.flat = Interaction({name: table[name] for name in self.flat.interaction})
+        own = {name: values.to(device) for name, values in columns.own.items()}
+        moved.inter_feat = Rows(Gathered(table, own, columns.names))
+        if self.windows is not None:
+            moved.windows = torch.from_numpy(self.windows).to(device)
+        return moved
+
+    def batch(self, number: torch.Tensor) -> Interaction:
+        """The rows of ROW_NUMBER `number`, as the loader makes them; of 0, rows of zeros."""
+        rows = self[(number - 1).clamp(min=0)]
+        return Interaction(
+            {
+                field: values.masked_fill((number == 0).view(-1, *(1,) * (values.dim() - 1)), 0)
+                for field, values in rows.interaction.items()
+            }
+        )
 
     def _is_longest(self, rows: Interaction) -> np.ndarray:
         """Rows of pre-split files that no other row of the same user goes on from."""

@@ -15,7 +15,9 @@ from recbole.evaluator import collector as recbole_collector
 from torch import nn
 
 PER_ROW = ("rec.items", "rec.topk", "rec.meanrank")  # what ranking metrics are computed from
-SCORE_ELEMENTS = 2**26  # scores held at a time with eval_chunk_items: auto (256 MiB in fp32)
+# Numbers of one tensor held at a time, 256 MiB in fp32: scores with eval_chunk_items: auto, and inner states of the
+# encoder. A few of them live at a time, so that 2 GiB are enough whatever the numbers of users and items.
+SCORE_ELEMENTS = 2**26
 
 
 class TopK(NamedTuple):
@@ -77,8 +79,10 @@ def top_items(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """chunked_topk() for the lists of a batch, which is on the CPU as `seen` is; chunk_items: eval_chunk_items."""
     device = model.item_embedding.weight.device
-    on_device = rows.to(device)
-    hidden = model.forward(on_device[model.ITEM_SEQ], on_device[model.ITEM_SEQ_LEN])
+    items, lengths = (rows[field].to(device) for field in (model.ITEM_SEQ, model.ITEM_SEQ_LEN))
+    users = max(1, SCORE_ELEMENTS // (items.size(1) * 4 * model.item_embedding.embedding_dim))
+    parts = zip(items.split(users), lengths.split(users), strict=True)
+    hidden = torch.cat([model.forward(*part) for part in parts])
     return chunked_topk(
         hidden,
         model.item_embedding.weight,

@@ -1,62 +1,136 @@
 """The Transformer encoder of RecBole's SASRec on its own modules and parameters, with attention behind one function.
 
 Sequences are padded on the right and attention is causal, so a real position never looks at a padded one: no mask
-is needed. Outputs at real positions equal RecBole's; outputs at padded positions mean nothing.
+is needed. Outputs at real positions equal RecBole's; outputs at padded positions mean nothing. Packed, the real
+positions of all sequences stand one after another, and no layer sees another one.
 """
 
 from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
 
 import torch
 from recbole.model.layers import FeedForward, MultiHeadAttention, TransformerEncoder
 from torch.nn import functional as F
 
+try:
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10
+except ImportError:
+    varlen_attn = None
+else:  # the option's name and form changed since
+    parameters = inspect.signature(varlen_attn).parameters
+    CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
 
-def encode(encoder: TransformerEncoder, embedded: torch.Tensor, valid: torch.Tensor, attention: str) -> torch.Tensor:
+PACKED_SHARE = 0.5  # attention: auto packs a training batch of which at most so much is real
+
+
+class Packing(NamedTuple):
+    """Where the positions of B right-padded rows are when the real ones stand one after another in P places.
+
+    P may be larger than their number: what is left over are further sequences of padding, which no other one sees.
+
+    Attributes:
+        index: [P] int64, each place's position in the flattened rows [B * width]; B * width where nothing is left.
+        position: [P] int64, each place's position in its row.
+        starts: [B] int64, the first place of each row.
+        bounds: [B + ceil(P / width) + 1] int32, where sequences start, and P.
+        width: positions of a padded row.
+    """
+
+    index: torch.Tensor
+    position: torch.Tensor
+    starts: torch.Tensor
+    bounds: torch.Tensor
+    width: int
+
+
+def packs(attention: str, positions: int | None, padded: int) -> bool:
+    """Whether `attention` means packed for a batch of `positions` real ones, None if unknown, among `padded`."""
+    return attention == "packed" or (
+        attention == "auto" and positions is not None and positions <= PACKED_SHARE * padded
+    )
+
+
+def pack(lengths: torch.Tensor, width: int, places: int) -> Packing:
+    """The Packing of rows with `lengths` [B] real positions, at most `width` each and `places` in all; no wait for the
+    device, as it is the caller who knows how many there are."""
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    place = torch.arange(places, device=lengths.device)
+    row = torch.searchsorted(ends, place, right=True)
+    position = (place - torch.cat([starts, ends[-1:]])[row]) % width
+    index = (row * width + position).clamp(max=len(lengths) * width)
+    left_over = torch.arange(1, 1 - (-places // width), device=lengths.device) * width
+    bounds = torch.cat([ends.new_zeros(1), ends, ends[-1] + left_over]).clamp(max=places)
+    return Packing(index, position, starts, bounds.int(), width)
+
+
+def encode(
+    encoder: TransformerEncoder, embedded: torch.Tensor, where: torch.Tensor | Packing, attention: str = "sdpa"
+) -> torch.Tensor:
     """Run RecBole's TransformerEncoder causally.
 
     Args:
         encoder: RecBole's module; its parameters and dropout rates are used as they are.
-        embedded: [B, L, D] embedded items.
-        valid: [B, L] bool, True at real positions, which come first in each row.
-        attention: "sdpa" (torch's fused attention), "packed" (all token-wise layers see only the real positions),
-            "recbole" (its own layers and mask) or "auto" ("sdpa").
+        embedded: [B, L, D] embedded items, or packed [P, D].
+        where: [B, L] bool, True at real positions, which come first in each row; or the Packing of packed ones.
+        attention: "sdpa" (torch's fused attention) or "recbole" (its own layers and mask, not for packed ones).
 
     Returns:
-        [B, L, D] hidden states; zero (packed) or meaningless at padded positions.
+        Hidden states of the shape of `embedded`, meaningless where there is no real position. With attention dropout,
+        in fp32, on a CPU and before torch 2.10, the attention product of packed ones is taken on padded rows.
     """
     if attention == "recbole":
-        return encoder(embedded, causal_mask(valid), output_all_encoded_layers=False)[-1]
-    if attention == "packed":
-        rows = valid.flatten().nonzero().squeeze(1)  # waits for the device once a batch
-        hidden = embedded.flatten(0, 1)[rows]
-    else:
-        rows, hidden = None, embedded
+        return encoder(embedded, causal_mask(where), output_all_encoded_layers=False)[-1]
+    packing = where if isinstance(where, Packing) else None
+    hidden = embedded
     for layer in encoder.layer:
-        hidden = feed_forward(layer.feed_forward, attend(layer.multi_head_attention, hidden, valid.shape, rows))
-    return hidden if rows is None else unpack(hidden, valid.shape, rows)
+        hidden = feed_forward(layer.feed_forward, attend(layer.multi_head_attention, hidden, packing))
+    return hidden
 
 
-def attend(
-    block: MultiHeadAttention, hidden: torch.Tensor, shape: torch.Size, rows: torch.Tensor | None
-) -> torch.Tensor:
-    """One attention block with residual and norm, on [B, L, D] or, with `rows`, on packed [N, D] hidden states."""
-
-    def heads(projected: torch.Tensor) -> torch.Tensor:  # -> [B, heads, L, D / heads]
-        if rows is not None:
-            projected = unpack(projected, shape, rows)
-        return projected.unflatten(-1, (block.num_attention_heads, -1)).transpose(1, 2)
-
-    context = F.scaled_dot_product_attention(
-        heads(block.query(hidden)),
-        heads(block.key(hidden)),
-        heads(block.value(hidden)),
-        dropout_p=block.attn_dropout.p if block.training else 0.0,
-        is_causal=True,
-    )
-    context = context.transpose(1, 2).flatten(2)
-    if rows is not None:
-        context = context.flatten(0, 1)[rows]
+def attend(block: MultiHeadAttention, hidden: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """One attention block with residual and norm, on [B, L, D] or packed [P, D] hidden states."""
+    dropout = block.attn_dropout.p if block.training else 0.0
+    heads = (block.num_attention_heads, -1)
+    layers = (block.query, block.key, block.value)
+    if block.training:  # one product instead of three: fewer passes over hidden states and their gradient
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        query, key, value = F.linear(hidden, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+    else:
+        query, key, value = (layer(hidden).unflatten(-1, heads) for layer in layers)
+    if packing is None:
+        context = padded_attention(query, key, value, dropout)
+    elif dropout == 0 and takes_variable_lengths(query):
+        bounds, width = packing.bounds, packing.width
+        context = varlen_attn(query, key, value, bounds, bounds, width, width, **CAUSAL)
+    else:
+        padded = (unpack(part, packing) for part in (query, key, value))
+        context = padded_attention(*padded, dropout).flatten(0, 1)
+        # a place without a position takes any
+        context = context.index_select(0, packing.index.clamp(max=len(context) - 1))
+    context = context.flatten(-2)
     return block.LayerNorm(block.out_dropout(block.dense(context)) + hidden)
+
+
+def padded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Causal attention on [B, L, heads, D / heads]."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+    return context.transpose(1, 2)
+
+
+def takes_variable_lengths(query: torch.Tensor) -> bool:
+    """Whether torch's attention over sequences of their own lengths takes [P, heads, D / heads]."""
+    size = query.size(-1)
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and size % 8 == 0
+        and size <= 256
+    )
 
 
 def feed_forward(block: FeedForward, hidden: torch.Tensor) -> torch.Tensor:
@@ -66,10 +140,12 @@ def feed_forward(block: FeedForward, hidden: torch.Tensor) -> torch.Tensor:
     return block.LayerNorm(block.dropout(block.dense_2(inner)) + hidden)
 
 
-def unpack(hidden: torch.Tensor, shape: torch.Size, rows: torch.Tensor) -> torch.Tensor:
-    """Put packed [N, D] hidden states back to their places in [B, L, D], zero elsewhere."""
-    padded = hidden.new_zeros(shape.numel(), hidden.size(-1)).index_copy(0, rows, hidden)
-    return padded.view(*shape, hidden.size(-1))
+def unpack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Put packed [P, ...] values back to their places in [B, L, ...], zero elsewhere."""
+    rows, shape = len(packing.starts), packed.shape[1:]
+    # one row more, for the places without a position
+    padded = packed.new_zeros(rows * packing.width + 1, *shape).index_copy(0, packing.index, packed)
+    return padded[:-1].view(rows, packing.width, *shape)
 
 
 def causal_mask(valid: torch.Tensor) -> torch.Tensor:

@@ -90,6 +90,10 @@ KEYS: dict[str, Key] = {
     "attention": Key("attention implementation", *_one_of("auto", "sdpa", "packed", "recbole")),
     "amp_dtype": Key("autocast dtype of training; auto: bfloat16 on GPUs that have it", *_one_of(*DTYPES)),
     "cuda_graph": Key("launch a training step as one CUDA graph; auto: small ones", *_one_of("auto", True, False)),
+    "compile_encoder": Key(
+        "torch.compile of the encoder's training steps; auto: where a run is long enough to pay it back",
+        *_one_of("auto", True, False),
+    ),
     "adam_betas": Key("beta1 and beta2 of adam and adamw", "two numbers in [0, 1), such as [0.9, 0.98]", _betas),
     "exclude_seen": Key("rank a user's earlier items last, in full ranking", *_one_of(True, False)),
     "eval_chunk_items": Key("items scored at a time in full ranking", *_integer(1, auto=True)),

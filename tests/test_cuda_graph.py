@@ -6,7 +6,9 @@ import pytest
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_cce import cuda_graph
+from recbole_cce import cuda_graph, trainer
+from recbole_cce.data import Places
+from recbole_cce.layers import packs
 from recbole_cce.losses import LOSSES
 from tests.build import experiment
 from tests.test_trainer import assert_same, fit, state
@@ -25,31 +27,42 @@ def padded(batch, rows):
     )
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "packed", "auto"])
 @pytest.mark.parametrize("train_targets", ["all", "last"])
-def test_a_batch_of_fixed_size_has_the_same_loss_and_gradients(tiny_config, train_targets):
-    run = experiment("SASRecCCE", {**tiny_config, **EXACT, "train_targets": train_targets})
+def test_a_batch_of_fixed_size_has_the_same_loss_and_gradients(tiny_config, train_targets, attention):
+    run = experiment("SASRecCCE", {**tiny_config, **EXACT, "train_targets": train_targets, "attention": attention})
     run.model.double().eval()
     batch = next(iter(run.train))
+    exact = run.train.dataset.places(batch)
+    assert exact.positions <= 110 and exact.targets <= 99
+    assert packs("auto", 110, padded=8 * (len(batch) + 30)) and not packs("auto", exact.positions, 8 * len(batch))
     results = []
-    for capacity, interaction in ((None, batch), (200, padded(batch, len(batch) + 9))):
-        run.model.target_capacity = capacity
+    for places, interaction in (
+        (None, batch),
+        (exact, batch),
+        (Places(110, 99), padded(batch, len(batch) + 30)),
+        (Places(360, 200), padded(batch, len(batch) + 30)),
+    ):
+        run.model.places = places
         run.model.zero_grad()
         loss = run.model.calculate_loss(interaction)
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in run.model.parameters())])
-    for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
 
 
-def test_target_capacity(tiny_config):
-    """No random batch has more targets, and the places are not many more than those of the largest of them."""
-    train = experiment("SASRecCCE", {**tiny_config, "train_batch_size": 8}).train
-    counts = [int(batch["target_count"].sum()) for _ in range(500) for batch in train if len(batch) == 8]
-    assert max(counts) <= train.dataset.target_capacity(8) <= 1.5 * max(counts)
-    every = sum(int(batch["target_count"].sum()) for batch in train)
-    assert train.dataset.target_capacity(len(train.dataset)) == every
-    last = experiment("SASRecCCE", {**tiny_config, "train_targets": "last"}).train
-    assert last.dataset.target_capacity(8) is None
+@pytest.mark.parametrize("train_targets", ["all", "last"])
+def test_capacity(tiny_config, train_targets):
+    """No random batch needs more places, and they are not many more than the largest of them needs."""
+    train = experiment("SASRecCCE", {**tiny_config, "train_batch_size": 8, "train_targets": train_targets}).train
+    data = train.dataset
+    needed = [data.places(batch) for _ in range(200) for batch in train if len(batch) == 8]
+    for counts, capacity in zip(list(zip(*needed, strict=True))[:2], data.capacity(8)[:2], strict=True):
+        assert max(counts) <= capacity <= 1.5 * max(counts)
+    every = [data.places(batch) for batch in train]
+    assert data.capacity(len(data)) == (*map(sum, list(zip(*every, strict=True))[:2]), True)
 
 
 def test_where_a_step_cannot_be_captured(tiny_config):
@@ -64,22 +77,24 @@ def test_where_a_step_cannot_be_captured(tiny_config):
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     "settings",
-    [{"attention": "packed"}, {"loss_type": "SCE"}, {"cuda_graph": False}, {"train_batch_size": 2**18}],
+    [{"loss_type": "SCE"}, {"cuda_graph": False}, {"MAX_ITEM_LIST_LENGTH": 16, "attention": "sdpa"}],
     ids=str,
 )
 def test_where_auto_captures_nothing(tiny_config, settings, monkeypatch):
     monkeypatch.setattr(LOSSES["SCE"], "capturable", False)  # as a loss that waits for the device would be
+    monkeypatch.setattr(trainer, "MAX_GRAPHED_POSITIONS", 16 * 8)
+    fit(captured := experiment("SASRecCCE", {**tiny_config, **GPU}))
+    assert captured.trainer.graphed_step is not None
     run = experiment("SASRecCCE", {**tiny_config, **GPU, **settings})
     fit(run)
     assert run.trainer.graphed_step is None
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("key", "value"), [("attention", "packed"), ("loss_type", "SCE")])
-def test_what_no_graph_can_hold(tiny_config, key, value, monkeypatch):
+def test_what_no_graph_can_hold(tiny_config, monkeypatch):
     monkeypatch.setattr(LOSSES["SCE"], "capturable", False)
-    run = experiment("SASRecCCE", {**tiny_config, **GPU, key: value, "cuda_graph": True})
-    with pytest.raises(ValueError, match=f"cuda_graph: True is not valid with {key}: {value}"):
+    run = experiment("SASRecCCE", {**tiny_config, **GPU, "loss_type": "SCE", "cuda_graph": True})
+    with pytest.raises(ValueError, match="cuda_graph: True is not valid with loss_type: SCE"):
         fit(run)
 
 
@@ -93,7 +108,11 @@ def trained(settings, captured):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("settings", [{}, {"train_targets": "last"}, {"clip_grad_norm": {"max_norm": 0.1}}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train_targets": "last"}, {"clip_grad_norm": {"max_norm": 0.1}}, {"attention": "packed"}],
+    ids=str,
+)
 def test_training_is_the_same_to_rounding(tiny_config, settings):
     """Against steps of exact size, without padding: nothing of a batch is left over in the next one."""
     settings = {**tiny_config, **GPU, **EXACT, "epochs": 6, "learning_rate": 0.01, **settings}
@@ -114,9 +133,10 @@ def test_random_numbers_are_those_of_the_uncaptured_step(tiny_config, monkeypatc
     settings = {**tiny_config, **GPU, "loss_type": loss_type, "loss_backend": backend, "amp_dtype": amp_dtype}
     settings |= {"epochs": 4, "learning_rate": 0.01}
     run, losses, random_state = trained(settings, captured=True)
-    batch = next(iter(run.train))
-    assert len({run.trainer.graphed_step(batch).item() for _ in range(3)}) == 3, "the same random numbers again"
-    assert run.model.target_capacity is None
+    batch = next(iter(run.trainer._batches(run.train)))
+    places = run.trainer._places(run.train, batch)
+    losses_again = {run.trainer.graphed_step(batch, places).item() for _ in range(3)}
+    assert len(losses_again) == 3, "the same random numbers again"
     monkeypatch.setattr(cuda_graph, "WARM_UP_STEPS", 10**6)
     _, expected, expected_random_state = trained(settings, captured=False)
     torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
@@ -128,8 +148,10 @@ def test_a_batch_that_does_not_fit_is_trained_uncaptured(tiny_config, monkeypatc
     settings = {**tiny_config, **GPU, **EXACT, "epochs": 6, "learning_rate": 0.01}
     _, expected, _ = trained({**settings, "cuda_graph": False}, captured=False)
     run = experiment("SASRecCCE", settings)
-    counts = sorted(int(batch["target_count"].sum()) for batch in run.train)
-    monkeypatch.setattr(type(run.train.dataset), "target_capacity", lambda *_: (counts[0] + counts[-1]) // 2)
+    needed = [run.train.dataset.places(batch) for batch in run.train]
+    positions, targets, _ = zip(*needed, strict=True)
+    middle = Places(*((min(counts) + max(counts)) // 2 for counts in (positions, targets)), fixed=True)
+    monkeypatch.setattr(type(run.train.dataset), "capacity", lambda *_: middle)
     _, losses, _ = trained(settings, captured=True)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
 

@@ -370,6 +370,66 @@ def test_batches_hold_the_rows_of_recbole_for_last_targets(tiny_config):
     assert "target_row" not in batch
 
 
+# Batches made elsewhere from row numbers
+
+
+def assert_same_batches(moved, train):
+    """All fields of all rows, and rows of zeros between them."""
+    number = torch.arange(len(train)).flip(0)
+    expected = train[number.numpy()]
+    batch = moved.batch(torch.stack([number + 1, torch.zeros_like(number)], dim=1).flatten())
+    assert set(batch.columns) == set(expected.columns)
+    for field in expected.columns:
+        values = batch[field].cpu()
+        assert values.dtype == expected[field].dtype
+        assert torch.equal(values[::2], expected[field]), field
+        assert not values[1::2].any(), field
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("train_targets", ["all", "last"])
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_rows_gathered_elsewhere(tiny_config, train_targets, exclude_seen, device):
+    settings = {**tiny_config, "MAX_ITEM_LIST_LENGTH": 4, "train_targets": train_targets, "exclude_seen": exclude_seen}
+    train, *_ = splits("SASRecCCE", "tiny", **settings)
+    assert_same_batches(train.on_device(torch.device(device)), train)
+
+
+def test_sequences_gathered_elsewhere(with_sequences):
+    columns = ["user_id", "item_id", "rating", "timestamp", "tags", "scores"]
+    settings = {"data_path": str(with_sequences), "load_col": {"inter": columns}, "MAX_ITEM_LIST_LENGTH": 7}
+    for train_targets in ("all", "last"):
+        train, *_ = splits("SASRecCCE", "tagged", train_targets=train_targets, **settings)
+        assert any(values.dim() == 3 for values in train[np.arange(3)].interaction.values())
+        assert_same_batches(train.on_device(torch.device("cpu")), train)
+
+
+def test_what_is_gathered_on_the_cpu(ml100k, presplit):
+    """Columns of items' features, and lists that the files bring."""
+    train, *_ = splits("SASRecCCE", "ranked", **ml100k)
+    assert train.item_feat is not None and train.on_device(torch.device("cpu")) is None
+    train, *_ = splits("SASRecCCE", "split", **presplit[0])
+    assert train.on_device(torch.device("cpu")) is None
+
+
+@pytest.mark.cuda
+def test_data_larger_than_their_share_of_the_gpu_stay(tiny_config, monkeypatch):
+    train, *_ = splits("SASRecCCE", "tiny", **tiny_config)
+    monkeypatch.setattr(data, "RESIDENT_SHARE", 1e-12)
+    assert train.on_device(torch.device("cuda")) is None
+
+
+def test_places(tiny_config):
+    """What a batch needs, counted in it."""
+    for train_targets in ("all", "last"):
+        config = Config("SASRecCCE", "tiny", config_dict={**tiny_config, "train_targets": train_targets})
+        train, *_ = data_preparation(config, create_dataset(config))
+        for batch in train:
+            places = train.dataset.places(batch)
+            assert places.positions == (batch["item_id_list"] != 0).sum()
+            assert places.targets == (batch["target_count"].sum() if train_targets == "all" else len(batch))
+
+
 # Bad input
 
 

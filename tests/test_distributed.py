@@ -127,12 +127,15 @@ def whole_batches(rank, settings, found):
 
 
 def resumed_run(rank, settings, found):
-    """Four epochs, and two and two; seeds are equal everywhere, as a script may leave them."""
+    """Four epochs, and two and two with batches made from row numbers; seeds are equal, as a script may leave them."""
     settings = {**settings, **SAMPLED, "eval_step": 0}
     runs = [experiment("SASRecCCE", {**settings, "epochs": epochs}, "odd") for epochs in (4, 2, 4)]
     for run, name in zip(runs, ("whole", "first", "second"), strict=True):
         if name == "second":
             run.trainer.resume_checkpoint(found["file"])
+        if name != "whole":  # as on a GPU
+            run.trainer.sizes = run.train.dataset.sizes()
+            run.trainer.resident = run.train.dataset.on_device(torch.device("cpu"))
         drawn, draw = [], negatives.draw_negatives
         negatives.draw_negatives = recorded(draw, drawn)
         run.trainer.fit(run.train, run.valid)

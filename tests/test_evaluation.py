@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from recbole.data.interaction import Interaction
 from recbole.evaluator import collector as recbole_collector
 
 from recbole_cce import evaluation
@@ -254,3 +255,40 @@ def test_no_score_matrix(tmp_path, tiny_config, monkeypatch, chunk):
     with LargestOutput() as largest:
         run.trainer.evaluate(run.test, load_best_model=False)
     assert largest.numel <= limit
+
+
+@pytest.mark.parametrize("users", [1, 7, 1000])
+def test_users_are_encoded_some_at_a_time(ml100k, weights, monkeypatch, users):
+    settings = {**ml100k, **RANKING}
+    expected = evaluate(prepared("SASRecCCE", settings, weights, "part"))
+    monkeypatch.setattr(evaluation, "SCORE_ELEMENTS", users * 6 * 4 * 32)
+    run = prepared("SASRecCCE", settings, weights, "part")
+    sizes, forward = [], run.model.forward
+    monkeypatch.setattr(
+        run.model, "forward", lambda items, lengths: sizes.append(len(items)) or forward(items, lengths)
+    )
+    assert evaluate(run) == expected
+    assert max(sizes) == min(users, 150) and sum(sizes) == len(run.valid._dataset) + len(run.test._dataset)
+
+
+@pytest.mark.cuda
+def test_many_users_and_items_need_four_gib(tiny_config):
+    """4,096 users of 200 items each, 1.6 million items, 128 columns; beyond the model and the users' lists."""
+    settings = {"hidden_size": 128, "inner_size": 512, "MAX_ITEM_LIST_LENGTH": 200, "use_gpu": True, "gpu_id": "0"}
+    run = experiment("SASRecCCE", {**tiny_config, **settings})
+    model = run.model.eval()
+    model.item_embedding = torch.nn.Embedding(1_600_001, 128, device="cuda")
+    lists = torch.randint(1, 1_600_001, (4096, 200))
+    rows = Interaction({"item_id_list": lists, "item_length": torch.full((4096,), 200)})
+    seen = torch.arange(4096).repeat_interleave(200), lists.flatten()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        scores, items = evaluation.top_items(model, rows, 100, "auto", seen)
+        beyond = torch.cuda.max_memory_allocated() - before
+        assert beyond <= 4 * 2**30, beyond
+        hidden = model.forward(rows["item_id_list"][:8].cuda(), rows["item_length"][:8].cuda())
+        every = (hidden @ model.item_embedding.weight.T).index_fill(1, torch.tensor([0], device="cuda"), -torch.inf)
+        every.scatter_(1, lists[:8].cuda(), -torch.inf)
+    torch.testing.assert_close(scores[:8], every.topk(100).values)
+    assert scores.shape == items.shape == (4096, 100)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,9 +12,12 @@ import pytest
 import torch
 from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from recbole_cce.data import Places
 from recbole_cce.losses import LOSSES, SCE, CCEMinus
+from recbole_cce.models import sasrec
 from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE, fingerprint, next_items
 from tests.build import configure, experiment
 from tests.test_layers import ATTENTION
@@ -148,13 +154,20 @@ def test_all_targets_give_the_mean_over_all_prefixes(pair, attention):
     assert_equal_gradients(stock, ours, truth)
 
 
-def test_next_items():
-    items = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [9, 0, 0, 0], [5, 5, 5, 0]])
-    expected = [[6, 7, 8, 1], [6, 2, 0, 0], [3, 0, 0, 0], [5, 5, 4, 0]]
-    lengths, last = torch.tensor([4, 2, 1, 3]), torch.tensor([1, 2, 3, 4])
-    assert next_items(items, lengths, last, lengths).tolist() == expected
-    expected = [[0, 0, 8, 1], [0, 2, 0, 0], [3, 0, 0, 0], [0, 5, 4, 0]]
-    assert next_items(items, lengths, last, torch.tensor([2, 1, 1, 2])).tolist() == expected
+@pytest.mark.parametrize("left_over", [0, 3])
+def test_next_items(left_over):
+    items = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [9, 0, 0, 0], [0, 0, 0, 0], [5, 5, 5, 0]])
+    lengths, last = torch.tensor([4, 2, 1, 0, 3]), torch.tensor([1, 2, 3, 0, 4])
+    for count, expected in (
+        ([4, 2, 1, 0, 3], [[6, 7, 8, 1], [6, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0], [5, 5, 4, 0]]),
+        ([2, 1, 1, 0, 2], [[0, 0, 8, 1], [0, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0], [0, 5, 4, 0]]),
+    ):
+        expected = torch.tensor(expected)
+        row, position, target = next_items(items, lengths, last, torch.tensor(count), sum(count) + left_over)
+        assert torch.equal(torch.stack([row, position])[:, : sum(count)], expected.nonzero().T)
+        assert target.tolist() == [*expected[expected != 0].tolist(), *[0] * left_over]
+        assert len(row) == len(position) == sum(count) + left_over
+        assert position.min() >= 0 and position.max() < 4
 
 
 @pytest.mark.parametrize("train_targets", ["all", "last"])
@@ -190,6 +203,63 @@ def test_popularity_counts_the_targets_of_the_training_split(tiny_config):
         q = torch.tensor([max(1, counts[token]) for token in tokens]).double().sqrt()
         log_q = run.model.loss.sampler.log_q(torch.arange(len(tokens)), len(tokens))
         torch.testing.assert_close(log_q.double().exp(), q / q.sum(), rtol=1e-6, atol=0)
+
+
+def test_gradients_of_lookup_and_loss_are_one():
+    """As nn.Embedding's and the table's own, added; the padding row's is the loss's alone."""
+    items, factor = torch.tensor([[3, 0, 3], [1, 4, 0]]), torch.randn(2, 3, 5, dtype=torch.double)
+    weight = torch.randn(6, 5, dtype=torch.double)
+    gradients = []
+    for lookup in (
+        lambda leaf: (F.embedding(items, leaf, padding_idx=0), leaf),
+        lambda leaf: sasrec.Lookup.apply(leaf, items),
+    ):
+        for uses_table in (True, False):
+            leaf = weight.clone().requires_grad_()
+            rows, table = lookup(leaf)
+            ((rows * factor).sum() + (table.exp().sum() if uses_table else 0)).backward()
+            gradients.append(leaf.grad)
+    for theirs, ours in zip(gradients[:2], gradients[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    assert gradients[2][0].all() and not gradients[3][0].any()
+
+
+# Compiled
+
+
+COMPILERS = [
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")),
+]
+
+
+@pytest.mark.parametrize("backend", COMPILERS)
+@pytest.mark.parametrize("attention", ["sdpa", "packed"])
+@pytest.mark.parametrize("train_targets", ["all", "last"])
+def test_compiled_steps_are_equal_and_compiled_once(pair, monkeypatch, backend, attention, train_targets):
+    """Loss and gradients of batches of other sizes, the smaller last one among them; one compilation for all."""
+    compiler = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(sasrec, "compiled_encoded", lambda: torch.compile(sasrec.encoded, backend=compiler))
+    torch._dynamo.reset()
+    _, ours = pair(loss_type="CCE", attention=attention, train_targets=train_targets, **NO_DROPOUT)
+    names = list(ours.state_dict())
+    whole = batch(ours.n_items, 8)
+    for rows in (whole, whole[3:], whole[[0, 5]], whole[:6]):
+        results = []
+        for ours.compiled in (False, True):
+            ours.zero_grad()
+            ours.places = Places(int(rows["item_length"].sum()), int(rows["target_count"].sum()))
+            loss = ours.calculate_loss(rows)
+            loss.backward()
+            results.append([loss.detach(), *(parameter.grad for parameter in ours.parameters())])
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+    assert compiler.frame_count == 1
+    with torch.no_grad():  # evaluation is not compiled
+        ours.calculate_loss(whole), ours.eval().full_sort_predict(whole)
+    assert compiler.frame_count == 1
+    assert list(ours.state_dict()) == names
+    assert list(copy.deepcopy(ours).state_dict()) == names == list(pickle.loads(pickle.dumps(ours)).state_dict())
 
 
 # Bad input

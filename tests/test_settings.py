@@ -22,6 +22,7 @@ KEYS = {
     "loss_backend": (["auto", "triton", "torch"], ["cuda", "Triton", None, True], "auto, triton, torch"),
     "loss_dtype": (["auto", "float32", "bfloat16", "float16"], DTYPES, "auto, float32, bfloat16, float16"),
     "cuda_graph": (["auto", True, False], ["Auto", 1, 0, None], "auto, True, False"),
+    "compile_encoder": (["auto", True, False], ["Auto", 1, 0, None], "auto, True, False"),
     "amp_dtype": (["auto", "float32", "bfloat16", "float16"], DTYPES, "auto, float32, bfloat16, float16"),
     "num_negatives": ([1, 512, 65536], [*INTEGERS, 65537, "auto"], "an integer from 1 to 65536"),
     "negative_sharing": (["tile", "none", "batch"], ["user", None, False], "tile, none, batch"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recbole_cce import ops
+from recbole_cce import data, ops
 from recbole_cce.trainer import autocast_dtype
 from tests.build import experiment
 from tests.conftest import write_inter
@@ -106,8 +106,9 @@ def assert_same(one, two):
         {"loss_type": "SCE", "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"}},
         {"attention": "packed", "amp_dtype": "bfloat16"},
         {"amp_dtype": "float16"},
+        {"compile_encoder": True},
     ],
-    ids=["no validation", "every epoch", "every other epoch", "sampled validation", "bfloat16", "float16"],
+    ids=["no validation", "every epoch", "every other epoch", "sampled validation", "bfloat16", "float16", "compiled"],
 )
 def test_four_epochs_are_two_and_two(tiny_config, settings):
     settings = {**tiny_config, "epochs": 4, "learning_rate": 0.01, **settings}
@@ -259,6 +260,106 @@ def test_nan_is_reported_and_the_last_checkpoint_survives(tiny_config):
     assert saved["epoch"] == 0
     assert_same(saved["state_dict"], weights[0])
     assert all(value >= 0 for value in run.trainer.evaluate(run.test).values())
+
+
+# Batches made where they are trained
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_targets": "last"}, {"attention": "packed"}], ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_resident_data_give_the_same_batches_in_the_same_order(tiny_config, monkeypatch, device, settings):
+    """Bit for bit; also in a run that goes on with the other kind."""
+    settings = {**tiny_config, "learning_rate": 0.01, "eval_step": 0, "cuda_graph": False, **settings}
+    settings |= {"use_gpu": True, "gpu_id": "0"} if device == "cuda" else {}
+
+    def trained(resident, epochs, resume=None):
+        run = experiment("SASRecCCE", {**settings, "epochs": epochs})
+
+        def make_resident(data):
+            run.trainer.sizes = data.dataset.sizes()
+            run.trainer.resident = data.dataset.on_device(run.trainer.device) if resident else None
+
+        monkeypatch.setattr(run.trainer, "_make_resident", make_resident)
+        batches, calculate_loss = [], run.model.calculate_loss
+
+        def loss(interaction):
+            batches.append({field: values.cpu() for field, values in interaction.interaction.items()})
+            return calculate_loss(interaction)
+
+        monkeypatch.setattr(run.model, "calculate_loss", loss)
+        if resume:
+            run.trainer.resume_checkpoint(resume)
+        fit(run)
+        return run, batches
+
+    whole, expected = trained(False, 4)
+    _, others = trained(True, 4)
+    first, batches = trained(True, 2)
+    second, rest = trained(False, 4, first.trainer.saved_model_file)
+    assert second.trainer.start_epoch == 2 and whole.train.dataset.sizes()[0].sum() > 0
+    for got in ([*batches[: len(expected) - len(rest)], *rest], others):
+        assert len(got) == len(expected)
+        for one, two in zip(got, expected, strict=True):
+            assert_same(one, two)
+    # the loader itself is as it was
+    assert set(next(iter(first.train)).columns) == set(expected[0])
+
+
+def test_where_the_encoder_is_compiled(tiny_config):
+    for wanted, attention, expected in ((True, "auto", True), (False, "auto", False), ("auto", "auto", False)):
+        run = experiment("SASRecCCE", {**tiny_config, "compile_encoder": wanted, "attention": attention})
+        assert run.trainer._wants_compile(run.train) == expected
+    run = experiment("SASRecCCE", {**tiny_config, "compile_encoder": True, "attention": "recbole"})
+    with pytest.raises(ValueError, match="compile_encoder: True is not valid with attention: recbole; it takes auto"):
+        fit(run)
+
+
+@pytest.mark.cuda
+def test_auto_compiles_what_is_trained_for_long(tiny_config):
+    settings = {**tiny_config, "use_gpu": True, "gpu_id": "0"}
+    for epochs, attention, expected in ((2, "auto", False), (10**9, "auto", True), (10**9, "recbole", False)):
+        run = experiment("SASRecCCE", {**settings, "epochs": epochs, "attention": attention})
+        assert run.trainer._wants_compile(run.train) == expected
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cuda_graph", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "packed"])
+def test_compiled_training_is_the_same_to_rounding(tiny_config, attention, cuda_graph):
+    """In 16 bits and in fp32; a last batch smaller than the others."""
+    settings = {**tiny_config, **STEP, "train_batch_size": 16, "use_gpu": True, "gpu_id": "0", "epochs": 4}
+    settings |= {"attention": attention, "cuda_graph": cuda_graph}
+    for amp_dtype, rtol in (("float32", 1e-4), ("bfloat16", 1e-2)):
+        curves = []
+        for compiled in (False, True):
+            run = experiment("SASRecCCE", {**settings, "amp_dtype": amp_dtype, "compile_encoder": compiled})
+            fit(run)
+            curves.append(list(run.trainer.train_loss_dict.values()))
+        assert curves[1] == pytest.approx(curves[0], rel=rtol)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"attention": "packed"}, {"train_targets": "last"}], ids=str)
+def test_no_step_waits_for_the_gpu(tiny_config, monkeypatch, resident, settings):
+    """Captured or not, with batches made on the GPU or on the CPU."""
+    if not resident:
+        monkeypatch.setattr(data, "RESIDENT_SHARE", 0)
+    for cuda_graph in (False, True):
+        settings = {**tiny_config, "use_gpu": True, "gpu_id": "0", "epochs": 3, "cuda_graph": cuda_graph, **settings}
+        run = experiment("SASRecCCE", {**settings, "clip_grad_norm": {"max_norm": 1.0}})
+        for epoch in range(2):  # compiles and captures
+            run.trainer._train_epoch(run.train, epoch)
+        assert (run.trainer.resident is not None) == resident
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for interaction in run.trainer._batches(run.train):
+                places = run.trainer._places(run.train, interaction)
+                run.trainer._step(interaction, places, run.model.calculate_loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        captured = run.trainer.graphed_step is not None and run.trainer.graphed_step.graph is not None
+        assert captured == cuda_graph
 
 
 # Steps

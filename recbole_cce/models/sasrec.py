@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from recbole_cce.data import TARGET_COUNT
-from recbole_cce.layers import encode
+from recbole_cce.data import TARGET_COUNT, Places
+from recbole_cce.layers import Packing, encode, pack, packs
 from recbole_cce.losses import LOSSES
 
 
@@ -35,36 +38,65 @@ class EfficientSASRec(SASRec):
         self.loss_type = config["loss_type"]
         self.train_targets = config["train_targets"]
         self.attention = config["attention"]
-        # places for the targets of a batch where their number must not depend on it: see cuda_graph.py
-        self.target_capacity: int | None = None
+        # for the positions and targets of the next batch, set by the trainer, who knows them on the host
+        self.places: Places | None = None
+        self.compiled = False  # set by the trainer: whether training steps encode with torch.compile
         self.loss: nn.Module = LOSSES[self.loss_type](config, item_counts(dataset))
         self.catalogue = fingerprint(dataset.field2id_token[self.ITEM_ID])
         self.other_parameter_name = ["catalogue"]
 
-    def hidden_states(self, item_seq: torch.Tensor) -> torch.Tensor:
-        """[B, L] items, padded with 0 on the right -> [B, L, D] hidden states, meaningless at padded positions."""
-        positions = self.position_embedding.weight[: item_seq.size(1)]
-        embedded = self.dropout(self.LayerNorm(self.item_embedding(item_seq) + positions))
-        return encode(self.trm_encoder, embedded, item_seq != 0, self.attention)
+    def hidden_states(
+        self, item_seq: torch.Tensor, lengths: torch.Tensor, row: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [N, D] at N positions, and the item table [V+1, D] for a loss over them.
+
+        Args:
+            item_seq: [B, L] items, padded with 0 on the right.
+            lengths: [B] how many there are in each row.
+            row, position: [N] each, places in `item_seq`.
+        """
+        rows, width = item_seq.shape
+        if packs(self.attention, self.places and self.places.positions, rows * width):
+            # without places it waits for the device
+            where = pack(lengths, width, self.places.positions if self.places else int(lengths.sum()))
+            items = F.pad(item_seq.flatten(), (0, 1))[where.index]
+            index = (where.starts[row] + position).clamp(max=len(items) - 1)  # a row of padding has no place
+        else:
+            where, items = item_seq != 0, item_seq
+            index = row * width + position
+        if self.training and torch.is_grad_enabled():
+            vectors, table = Lookup.apply(self.item_embedding.weight, items)
+        else:
+            vectors, table = self.item_embedding(items), self.item_embedding.weight
+        hidden = self._encoded(vectors, where)
+        # the gradient of index_select needs no sorting, that of hidden[index] does
+        return hidden.view(-1, hidden.size(-1)).index_select(0, index), table
+
+    def _encoded(self, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
+        if not (self.compiled and self.training and torch.is_grad_enabled()):
+            return encoded(self, vectors, where)
+        if self.places is None or not self.places.fixed:
+            for tensor in (vectors, *where[:4]) if isinstance(where, Packing) else (vectors, where):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled_encoded()(self, vectors, where)
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """[B, L] items and [B] lengths -> [B, D] hidden states of the last positions."""
-        return self.gather_indexes(self.hidden_states(item_seq), item_seq_len - 1)
+        return self.hidden_states(item_seq, item_seq_len, *last_positions(item_seq_len))[0]
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The loss of `loss_type`, averaged over the targets of the batch."""
-        item_seq = interaction[self.ITEM_SEQ]
-        lengths = interaction[self.ITEM_SEQ_LEN].clamp(min=1)  # a row of padding has none
+        item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         target = interaction[self.POS_ITEM_ID]
         if self.train_targets == "last":
-            return self.loss(self.forward(item_seq, lengths), target, self.item_embedding.weight)
-        target = next_items(item_seq, lengths, target, interaction[TARGET_COUNT]).flatten()
-        if self.target_capacity is None:
-            rows = target.nonzero().squeeze(1)  # waits for the device once a batch
+            row, position = last_positions(lengths)
         else:
-            rows = (target == 0).to(torch.uint8).argsort(stable=True)[: self.target_capacity]
-        hidden = self.hidden_states(item_seq).flatten(0, 1)[rows]
-        return self.loss(hidden, target[rows], self.item_embedding.weight)
+            count = interaction[TARGET_COUNT]
+            # without places it waits for the device
+            places = self.places.targets if self.places else int(count.sum())
+            row, position, target = next_items(item_seq, lengths, target, count, places)
+        hidden, table = self.hidden_states(item_seq, lengths, row, position)
+        return self.loss(hidden, target, table)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, with a clear error when the weights belong to another catalogue or size.
@@ -105,15 +137,80 @@ class SASRecSCE(EfficientSASRec):
     """SASRec with scalable cross-entropy by default (`loss_type: SCE`, arXiv 2409.18721)."""
 
 
-def next_items(item_seq: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The target of every position: the item after it, the row's held-out `last` [B] at the end, 0 on padding.
+class Lookup(torch.autograd.Function):
+    """Rows of the item table, and the table itself for the loss: its gradient from both is one tensor.
 
-    Only the last `count` [B] positions of a row have one: the others are trained in another row.
+    Otherwise a second one of [V+1, D] would be filled, written to and added to the first: 16 bytes a number of the
+    table in each step, where Adam has to move 28.
     """
-    target = torch.cat([item_seq[:, 1:], item_seq.new_zeros(len(item_seq), 1)], dim=1)
-    target = target.scatter(1, (lengths - 1)[:, None], last[:, None])
-    position = torch.arange(item_seq.size(1), device=item_seq.device)
-    return target.masked_fill(position < (lengths - count)[:, None], 0)
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[V+1, D] table and items [...] -> [..., D] and the table."""
+        ctx.save_for_backward(items)
+        ctx.set_materialize_grads(False)
+        ctx.shape = weight.shape
+        return F.embedding(items, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: torch.Tensor, grad_table: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        """The loss's gradient, which nothing else holds, with those of the rows added, but for the padding item's."""
+        (items,) = ctx.saved_tensors
+        if grad_table is None:
+            grad_table = grad_rows.new_zeros(ctx.shape)
+        of_padding = grad_table[0].clone()
+        grad_table.index_add_(0, items.flatten(), grad_rows.flatten(0, -2).to(grad_table.dtype))
+        grad_table[0] = of_padding
+        return grad_table, None
+
+
+def encoded(model: SASRec, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
+    """Hidden states [..., D] of items' vectors [B, L, D] or packed [P, D]; `where` as of layers.encode."""
+    if isinstance(where, Packing):
+        position = model.position_embedding(where.position)
+    else:
+        position = model.position_embedding.weight[: vectors.size(1)]
+    embedded = model.dropout(model.LayerNorm(vectors + position))
+    return encode(model.trm_encoder, embedded, where, model.attention)
+
+
+@functools.cache
+def compiled_encoded() -> Callable[[SASRec, torch.Tensor, torch.Tensor | Packing], torch.Tensor]:
+    """encoded() of torch.compile: a function, so that modules and state dicts stay what they are."""
+    return torch.compile(encoded)
+
+
+def last_positions(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] rows and [B] their last positions; the first one of a row of padding."""
+    return torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
+
+
+def next_items(
+    item_seq: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, count: torch.Tensor, places: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The positions of a batch that are trained, and their targets.
+
+    Args:
+        item_seq: [B, L] items, padded with 0 on the right.
+        lengths: [B] how many there are in each row.
+        last: [B] the item after the last one of each row.
+        count: [B] how many of a row's last positions are trained: the others are in another row.
+        places: N, the sum of `count` or more.
+
+    Returns:
+        [N] rows and [N] positions in them, in order, and [N] the items that come next; 0 in places that are left over.
+    """
+    width = item_seq.size(1)
+    ends = count.cumsum(0)
+    place = torch.arange(places, device=item_seq.device)
+    row = torch.searchsorted(ends, place, right=True)
+    left_over = row == len(count)
+    row = row.clamp(max=len(count) - 1)
+    following = lengths[row] - ends[row] + place + 1
+    target = item_seq.flatten()[row * width + following.clamp(max=width - 1)]
+    target = torch.where(following < lengths[row], target, last[row]).masked_fill(left_over, 0)
+    return row, (following - 1).clamp(max=width - 1), target
 
 
 def item_counts(dataset: Any) -> torch.Tensor:

@@ -26,6 +26,13 @@ def minus_expm1(x):
 
 
 @triton.jit
+def load_items(item_ptr, i_b, o_y, size_y):
+    """Items of a bucket; -1 for none. A load with other=-1 would be too much for the pipelines of Triton 3.2."""
+    b_item = tl.load(item_ptr + i_b.to(tl.int64) * size_y + o_y, mask=o_y < size_y, other=0)
+    return tl.where(o_y < size_y, b_item, -1)
+
+
+@triton.jit
 def own_logit_kernel(
     h_ptr,
     w_ptr,
@@ -99,7 +106,7 @@ def bucket_loss_kernel(
     b_mass = tl.zeros([BM], tl.float32)
     for i_y in range(0, size_y, BN):
         o_y = i_y + tl.arange(0, BN)
-        b_item = tl.load(item_ptr + i_b.to(tl.int64) * size_y + o_y, mask=o_y < size_y, other=-1)
+        b_item = load_items(item_ptr, i_b, o_y, size_y)
         m_item = b_item >= 0
         b_w = load_rows(w_ptr, b_item, stride_wn, stride_wd, m_item, o_d, D, DTYPE)
         b_s = logits(b_h, b_w, PRECISION)
@@ -221,7 +228,7 @@ def bucket_input_gradient_kernel(
         b_sum = tl.zeros([BM, BD], tl.float32)
         for i_y in range(0, size_y, BN):
             o_y = i_y + tl.arange(0, BN)
-            b_item = tl.load(item_ptr + i_b.to(tl.int64) * size_y + o_y, mask=o_y < size_y, other=-1)
+            b_item = load_items(item_ptr, i_b, o_y, size_y)
             b_w = load_rows(w_ptr, b_item, stride_wn, stride_wd, b_item >= 0, o_d, D, DTYPE)
             b_s = logits(b_h, b_w, PRECISION)
             b_p = probabilities(
@@ -276,7 +283,7 @@ def bucket_weight_gradient_kernel(
     count = tl.load(count_ptr + i_b)
     if (count > 0) | (not ATOMIC):
         o_d = tl.arange(0, BD)
-        b_item = tl.load(item_ptr + i_b.to(tl.int64) * size_y + o_y, mask=o_y < size_y, other=-1)
+        b_item = load_items(item_ptr, i_b, o_y, size_y)
         b_w = load_rows(w_ptr, b_item, stride_wn, stride_wd, b_item >= 0, o_d, D, DTYPE)
         # fp16: in units of the largest upstream gradient too, since 1 / N times a probability would underflow
         unit = tl.load(unit_ptr) if unit_ptr is not None else 1.0

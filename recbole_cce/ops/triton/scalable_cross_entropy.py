@@ -24,12 +24,14 @@ MIN_CAPACITY = 2048
 
 @dataclass(frozen=True)
 class Blocks:
-    """Shape of a program: rows of the side that stays, rows of the other side at a time."""
+    """Shape of a program: rows of the side that stays, rows of the other side at a time; most registers of a thread,
+    where that lets another program onto the processor."""
 
     stay: int
     stream: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def score_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
@@ -43,10 +45,9 @@ def score_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
     width = padded(dim)
     if itemsize == 4:
         return exact_blocks(width, shared_memory)
-    # scores go through memory on their way out, a quarter at a time as keys of 8 bytes
     options = [Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 1)]
     if width > 64:
-        options = [Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), *options]
+        options = [Blocks(128, 32, 8, 2, registers=128), *options]
     return first_that_fits(options, lambda b: (b.stay + b.stages * b.stream) * width * 2 + b.stay * 128, shared_memory)
 
 
@@ -131,7 +132,7 @@ def top_rows(
     bound = count = None
     if capacity < num_rows:
         bound = torch.empty(step, dtype=torch.int64, device=table.device)
-        count = torch.empty(step, dtype=torch.int32, device=table.device)
+        count = torch.empty(step, selection_kernels.COUNTER.value, dtype=torch.int32, device=table.device)
     for chunk, out in zip(directions.contiguous().split(step), rows.split(step), strict=True):
         select_rows(chunk, table, target, k, padding_idx, keys, bound, count, out)
     return rows.sort(dim=1).values
@@ -187,6 +188,7 @@ def select_rows(
             MODE=mode,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
+            maxnreg=blocks.registers,
         )
 
     block = min(2**12, triton.next_power_of_2(capacity))

@@ -12,19 +12,27 @@ the larger. So there is one answer, whatever the order in which keys are collect
 import triton
 import triton.language as tl
 
-from recbole_cce.ops.triton.full_kernels import halves
 from recbole_cce.ops.triton.tile_kernels import load_rows
 
 EMPTY = tl.constexpr(-(2**63))  # below all keys: a row that is no candidate
+NO_RANK = tl.constexpr(-(2**31))  # below all ranks
+# Counters are in sectors of their own: fewer programs wait for each other, and the compiler, which would give counters
+# side by side another layout than keys, need not wait for a slot to bring it from one to the other.
+COUNTER = tl.constexpr(8)
 
 
 @triton.jit
-def make_keys(b_s, o_r):
-    """int64 keys of the scores `b_s` of rows `o_r` (int32). NaN counts as the largest score."""
+def ranks(b_s):
+    """int32 in the order of the scores `b_s`; NaN counts as the largest score. None is NO_RANK."""
     b_s = tl.where(b_s == b_s, b_s + 0.0, float("nan"))  # one zero and one NaN
     bits = b_s.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - o_r).to(tl.int64)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def make_keys(b_rank, o_r):
+    """int64 keys of rows `o_r` (int32)."""
+    return (b_rank.to(tl.int64) << 32) | (0x7FFFFFFF - o_r).to(tl.int64)
 
 
 @triton.jit
@@ -46,15 +54,14 @@ def sampled_rows(o_j, spacing):
 
 
 @triton.jit
-def collect(b_s, o_r, m_r, o_b, last, bound_ptr, count_ptr, key_ptr, capacity):
-    """Add the keys of rows x directions that reach the direction's bound to those it has, in any order."""
-    b_key = make_keys(b_s, o_r[:, None])
-    b_bound = tl.load(bound_ptr + o_b, mask=o_b < last, other=0)
-    m_key = (b_key >= b_bound[None, :]) & m_r[:, None] & (o_b < last)[None, :]
-    p_count = count_ptr + o_b[None, :] + tl.zeros(b_s.shape, tl.int32)
-    o_slot = tl.atomic_add(p_count, 1, mask=m_key, sem="relaxed")
-    p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
-    tl.store(p_key + o_slot, b_key, mask=m_key & (o_slot < capacity))
+def put(b_rank, b_slot, o_r, o_b, key_ptr, capacity):
+    """Store the keys of the ranks that are not NO_RANK in their slots of the directions `o_b`.
+
+    What has no room overwrites the last key: the direction then scans the table.
+    """
+    # a mask that looks at slots would bring them to another layout, and wait for them, when they are asked for
+    p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity + tl.minimum(b_slot, capacity - 1)
+    tl.store(p_key, make_keys(b_rank, o_r[:, None]), mask=b_rank != NO_RANK)
 
 
 @triton.jit
@@ -101,22 +108,29 @@ def score_kernel(
     b_t = load_rows(table_ptr, o_r, stride_tn, stride_td, m_r, o_d, D, DTYPE)
     first = tl.program_id(1) * directions_each
     last = tl.minimum(first + directions_each, num_directions)
-    for i in range(first, last, BN):
+    end = last
+    if MODE == "reach":  # slots of a block are waited for while the next one is scored, after the last one none
+        end = last + BN
+        b_rank = tl.full([BM, BN], NO_RANK, tl.int32)
+        b_slot = tl.zeros([BM, BN], tl.int32)
+    for i in range(first, end, BN):
         o_b = i + tl.arange(0, BN)
         m_b = o_b < last
         b_b = load_rows(direction_ptr, o_b, D, 1, m_b, o_d, D, DTYPE)
         b_s = tl.dot(b_t, tl.trans(b_b), input_precision=PRECISION)
-        if MODE == "reach":  # a quarter of the columns at a time, which saves registers
-            b_s0, b_s1 = halves(b_s)
-            b_s00, b_s01 = halves(b_s0)
-            b_s10, b_s11 = halves(b_s1)
-            o_q = i + 4 * tl.arange(0, BN // 4)
-            collect(b_s00, o_r, m_r, o_q, last, bound_ptr, count_ptr, key_ptr, capacity)
-            collect(b_s10, o_r, m_r, o_q + 1, last, bound_ptr, count_ptr, key_ptr, capacity)
-            collect(b_s01, o_r, m_r, o_q + 2, last, bound_ptr, count_ptr, key_ptr, capacity)
-            collect(b_s11, o_r, m_r, o_q + 3, last, bound_ptr, count_ptr, key_ptr, capacity)
+        if MODE == "reach":
+            put(b_rank, b_slot, o_r, o_b - BN, key_ptr, capacity)
+            b_rank = ranks(b_s)
+            b_bound = tl.load(bound_ptr + o_b, mask=m_b, other=0)
+            b_low = (b_bound >> 32).to(tl.int32)[None, :]
+            b_last = 0x7FFFFFFF - (b_bound & 0x7FFFFFFF).to(tl.int32)[None, :]
+            m_key = (b_rank > b_low) | ((b_rank == b_low) & (o_r[:, None] <= b_last))
+            m_key = m_key & m_r[:, None] & m_b[None, :]
+            b_rank = tl.where(m_key, b_rank, NO_RANK)
+            p_count = count_ptr + o_b[None, :] * COUNTER + tl.zeros([BM, BN], tl.int32)
+            b_slot = tl.atomic_add(p_count, 1, mask=m_key, sem="relaxed")
         else:
-            b_key = tl.where(m_r[:, None] & m_b[None, :], make_keys(b_s, o_r[:, None]), EMPTY)
+            b_key = tl.where(m_r[:, None] & m_b[None, :], make_keys(ranks(b_s), o_r[:, None]), EMPTY)
             p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
             if MODE == "sample":
                 b_key = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP, BN]), 1)
@@ -152,7 +166,7 @@ def bound_kernel(key_ptr, bound_ptr, count_ptr, count, capacity, k, BLOCK: tl.co
     """One program: the bound of a direction from the keys of its sample; nothing is collected yet."""
     i_b = tl.program_id(0)
     tl.store(bound_ptr + i_b, kth_key(key_ptr + i_b.to(tl.int64) * capacity, count, k, BLOCK))
-    tl.store(count_ptr + i_b, 0)
+    tl.store(count_ptr + i_b * COUNTER, 0)
 
 
 @triton.jit
@@ -170,7 +184,7 @@ def scan(
         o_r = start + tl.arange(0, BR)
         m_r = candidates(o_r, y_ptr, num_rows, padding_idx, stride_y)
         b_t = load_rows(table_ptr, o_r, stride_tn, stride_td, m_r, o_d, D, DTYPE).to(tl.float32)
-        b_key = make_keys(tl.sum(b_t * b_b[None, :], 1), o_r)
+        b_key = make_keys(ranks(tl.sum(b_t * b_b[None, :], 1)), o_r)
         m_r &= b_key >= bound
         tl.store(key_ptr + count + tl.cumsum(m_r.to(tl.int32), 0) - 1, b_key, mask=m_r)
         count += tl.sum(m_r.to(tl.int32), 0)
@@ -220,7 +234,7 @@ def select_kernel(
     p_out = out_ptr + i_b * k
     count = num_rows
     if count_ptr is not None:
-        count = tl.load(count_ptr + i_b)
+        count = tl.load(count_ptr + i_b * COUNTER)
         if count > capacity:
             count = scan(
                 p_key, direction_ptr + i_b * D, table_ptr, y_ptr, num_rows, padding_idx, capacity, k, stride_tn,

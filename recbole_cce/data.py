@@ -532,18 +532,20 @@ class LeanSequentialDataset(SequentialDataset):
         """
         if TARGET_ROW not in self.inter_feat or self.user_feat is not None or self.item_feat is not None:
             return None
-        columns = self.inter_feat.interaction
+        rows = self.inter_feat if self.windows is None else self.inter_feat[self.windows]
+        columns = rows.interaction
         tensors = [*columns.table.values(), *columns.own.values()]
         size = sum(values.numel() * values.element_size() for values in tensors)
         if device.type == "cuda" and size > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
             return None
         moved = copy.copy(self)
-        table = {name: values.to(device) for name, values in columns.table.items()}
+        table, own = (
+            {name: values.to(device) for name, values in part.items()} for part in (columns.table, columns.own)
+        )
         moved.flat = Interaction({name: table[name] for name in self.flat.interaction})
-        own = {name: values.to(device) for name, values in columns.own.items()}
         moved.inter_feat = Rows(Gathered(table, own, columns.names))
         if self.windows is not None:
-            moved.windows = torch.from_numpy(self.windows).to(device)
+            moved.windows = torch.arange(len(rows), device=device)  # no other row is there
         return moved
 
     def batch(self, number: torch.Tensor) -> Interaction:

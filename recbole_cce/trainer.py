@@ -37,8 +37,9 @@ class EfficientTrainer(Trainer):
     """Trainer of SASRecCCE and SASRecSCE.
 
     What differs from RecBole's: autocast in `amp_dtype`, gradients unscaled before they are clipped, no wait of its
-    own for the device in a step, small steps launched as one CUDA graph (`cuda_graph`), checkpoints from which a run
-    goes on exactly, full ranking in chunks of `eval_chunk_items`, metrics over the users of all processes.
+    own for the device in a step, batches made on the GPU from row numbers, small steps launched as one CUDA graph
+    (`cuda_graph`), torch.compile of the encoder (`compile_encoder`), checkpoints from which a run goes on exactly, full
+    ranking in chunks of `eval_chunk_items`, metrics over the users of all processes.
 
     Of a model it needs, besides what RecBole's does: `loss`, one of losses.LOSSES, `item_embedding`, and `forward` of
     lists and lengths that gives vectors whose inner products with `item_embedding` are the scores.
@@ -64,6 +65,7 @@ class EfficientTrainer(Trainer):
             # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
             self.distributed_model.broadcast_buffers = False
         self.graphed_step: GraphedStep | None = None
+        self.trained: LeanSequentialDataset | None = None  # what the next two belong to
         self.resident: LeanSequentialDataset | None = None  # makes batches on the GPU
         self.sizes: tuple[torch.Tensor, torch.Tensor] | None = None  # of the rows of the training data, on the CPU
         self.train_generator: torch.Generator | None = None
@@ -195,10 +197,10 @@ class EfficientTrainer(Trainer):
         data = train_data.dataset
         if type(data).__getitem__ is not LeanSequentialDataset.__getitem__:
             return
-        if self.sizes is None:
-            self.sizes = data.sizes()
-            if self.device.type == "cuda" and train_data.num_workers == 0:
-                self.resident = data.on_device(self.device)
+        if self.trained is not data:
+            self.trained, self.sizes = data, data.sizes()
+            on_gpu = self.device.type == "cuda" and train_data.num_workers == 0
+            self.resident = data.on_device(self.device) if on_gpu else None
 
     def _batches(self, train_data: Any) -> Iterator[Interaction]:
         """What the loader gives, or only the numbers of its rows, in the same order."""

@@ -160,7 +160,7 @@ def fit(run, **kwargs):
 def test_the_newest_file_is_of_the_epoch_before(settings, eval_step):
     """Throughout a run, whichever epoch was the best; the last epoch has a file of its own only if it was another."""
     run = experiment("SASRecCCE", {**settings, "eval_step": eval_step})
-    train_epoch, seen = run.trainer._train_epoch, []
+    train_epoch, valid_epoch, seen, scores = run.trainer._train_epoch, run.trainer._valid_epoch, [], {}
 
     def look_and_train(train_data, epoch, **kwargs):
         loss = train_epoch(train_data, epoch, **kwargs)
@@ -171,10 +171,19 @@ def test_the_newest_file_is_of_the_epoch_before(settings, eval_step):
             )
         return loss
 
-    run.trainer._train_epoch = look_and_train
+    def validate(*args, **kwargs):
+        score, result = valid_epoch(*args, **kwargs)
+        scores[run.trainer.trained_epoch] = score
+        return score, result
+
+    run.trainer._train_epoch, run.trainer._valid_epoch = look_and_train, validate
     fit(run)
     assert [epoch for epoch, _, _ in seen] == list(range(len(seen)))
-    best = [True] * 5 + [False] * 3 if eval_step == 1 else [False, True] * 3 + [False] * 5
+    best = [
+        epoch in scores and scores[epoch] >= max(scores[other] for other in scores if other <= epoch)
+        for epoch in range(len(seen))
+    ]
+    assert sum(best) > 2 and not best[-1]
     assert [is_best for _, is_best, _ in seen] == best
     alone = best if eval_step == 1 else [True, *best[1:]]  # epoch 0 was not validated: there is no best one yet
     assert [files == 1 for _, _, files in seen] == alone

@@ -346,8 +346,8 @@ def test_no_step_waits_for_the_gpu(tiny_config, monkeypatch, resident, settings)
     if not resident:
         monkeypatch.setattr(data, "RESIDENT_SHARE", 0)
     for cuda_graph in (False, True):
-        settings = {**tiny_config, "use_gpu": True, "gpu_id": "0", "epochs": 3, "cuda_graph": cuda_graph, **settings}
-        run = experiment("SASRecCCE", {**settings, "clip_grad_norm": {"max_norm": 1.0}})
+        gpu = {"use_gpu": True, "gpu_id": "0", "cuda_graph": cuda_graph, "clip_grad_norm": {"max_norm": 1.0}}
+        run = experiment("SASRecCCE", {**tiny_config, **gpu, **settings})
         for epoch in range(2):  # compiles and captures
             run.trainer._train_epoch(run.train, epoch)
         assert (run.trainer.resident is not None) == resident

@@ -68,6 +68,8 @@ class EfficientSASRec(SASRec):
             vectors, table = Lookup.apply(self.item_embedding.weight, items)
         else:
             vectors, table = self.item_embedding(items), self.item_embedding.weight
+        if isinstance(where, Packing):  # not compiled: torch 2.6 then gets the gradient wrong
+            vectors = vectors + self.position_embedding(where.position)
         hidden = self._encoded(vectors, where)
         # the gradient of index_select needs no sorting, that of hidden[index] does
         return hidden.view(-1, hidden.size(-1)).index_select(0, index), table
@@ -166,12 +168,11 @@ class Lookup(torch.autograd.Function):
 
 
 def encoded(model: SASRec, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
-    """Hidden states [..., D] of items' vectors [B, L, D] or packed [P, D]; `where` as of layers.encode."""
-    if isinstance(where, Packing):
-        position = model.position_embedding(where.position)
-    else:
-        position = model.position_embedding.weight[: vectors.size(1)]
-    embedded = model.dropout(model.LayerNorm(vectors + position))
+    """Hidden states [..., D] of items' vectors [B, L, D], or of packed ones [P, D] with those of their positions added;
+    `where` as of layers.encode."""
+    if not isinstance(where, Packing):
+        vectors = vectors + model.position_embedding.weight[: vectors.size(1)]
+    embedded = model.dropout(model.LayerNorm(vectors))
     return encode(model.trm_encoder, embedded, where, model.attention)
 
 

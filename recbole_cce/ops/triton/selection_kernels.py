@@ -108,18 +108,21 @@ def score_kernel(
     b_t = load_rows(table_ptr, o_r, stride_tn, stride_td, m_r, o_d, D, DTYPE)
     first = tl.program_id(1) * directions_each
     last = tl.minimum(first + directions_each, num_directions)
-    end = last
+    blocks = tl.cdiv(last - first, BN)
+    end = blocks
     if MODE == "reach":  # slots of a block are waited for while the next one is scored, after the last one none
-        end = last + BN
+        end = blocks + 1
         b_rank = tl.full([BM, BN], NO_RANK, tl.int32)
         b_slot = tl.zeros([BM, BN], tl.int32)
-    for i in range(first, end, BN):
-        o_b = i + tl.arange(0, BN)
-        m_b = o_b < last
+    for i in range(0, end):
+        # programs begin with different directions, or all would wait for the same counters
+        o_b = first + (i + i_m) % blocks * BN + tl.arange(0, BN)
+        m_b = o_b < tl.where(i < blocks, last, 0)
         b_b = load_rows(direction_ptr, o_b, D, 1, m_b, o_d, D, DTYPE)
         b_s = tl.dot(b_t, tl.trans(b_b), input_precision=PRECISION)
         if MODE == "reach":
-            put(b_rank, b_slot, o_r, o_b - BN, key_ptr, capacity)
+            o_before = first + (i + i_m + blocks - 1) % blocks * BN + tl.arange(0, BN)
+            put(b_rank, b_slot, o_r, o_before, key_ptr, capacity)
             b_rank = ranks(b_s)
             b_bound = tl.load(bound_ptr + o_b, mask=m_b, other=0)
             b_low = (b_bound >> 32).to(tl.int32)[None, :]

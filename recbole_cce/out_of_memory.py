@@ -1,4 +1,4 @@
-"""What to lower, and to what, when a step or an evaluation needs more memory than the GPU has."""
+"""What to lower, and to what, when a step or an evaluation needs more memory than there is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -28,7 +29,7 @@ def training_advice(config: Mapping[str, Any], model: nn.Module, places: Places,
         model: with `n_items`; its parameters, their gradients and Adam's two moments are what no key below changes.
         places: of the step.
         peak: bytes that were allocated, with the request that failed.
-        total: bytes of the GPU.
+        total: bytes of the device.
     """
     batch, length = config["train_batch_size"], config["MAX_ITEM_LIST_LENGTH"]
     padded = batch * length
@@ -48,8 +49,9 @@ def training_advice(config: Mapping[str, Any], model: nn.Module, places: Places,
     share = (USABLE * total - fixed) / needed
     if share <= 0.01:
         return (
-            f"the item table, its gradient and the optimizer's moments take {fixed / GIB:.1f} GiB, the GPU has "
-            f"{total / GIB:.1f}: lower hidden_size: {columns}, or leave out rare items with item_inter_num_interval"
+            f"the item table, its gradient and the optimizer's moments take {fixed / GIB:.1f} GiB, "
+            f"{total / GIB:.1f} are there: lower hidden_size: {columns}, or leave out rare items with "
+            "item_inter_num_interval"
         )
     keys = {"train_batch_size": batch, "MAX_ITEM_LIST_LENGTH": length}
     if head > layers and loss_type == "CE-":
@@ -79,7 +81,7 @@ def lowered(keys: Mapping[str, int], share: float, needed: int, total: int) -> s
     """Each key at its share, or at half: what ran out at its first step may need more than it had asked for."""
     share = min(share, 0.5)
     options = [f"{key} from {value} to {max(1, int(value * share))}" for key, value in keys.items() if value > 1]
-    return f"{needed / GIB:.1f} GiB or more are needed, the GPU has {total / GIB:.1f}: lower {', or '.join(options)}"
+    return f"{needed / GIB:.1f} GiB or more are needed, {total / GIB:.1f} are there: lower {', or '.join(options)}"
 
 
 def requested(error: torch.OutOfMemoryError) -> int:
@@ -89,5 +91,7 @@ def requested(error: torch.OutOfMemoryError) -> int:
 
 
 def usage(error: torch.OutOfMemoryError, device: torch.device) -> tuple[int, int]:
-    """Bytes that would have been allocated, at least, and bytes of the GPU; to be called where the error is caught."""
+    """Bytes that would have been allocated, at least, and bytes of the device; called where the error is caught."""
+    if device.type != "cuda":
+        return psutil.Process().memory_info().rss + requested(error), psutil.virtual_memory().total
     return torch.cuda.memory_allocated(device) + requested(error), torch.cuda.mem_get_info(device)[1]

@@ -27,9 +27,11 @@ def lowered(message):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of 2 GiB that holds 1 GiB."""
+    """A device of 2 GiB that holds 1 GiB."""
+    usage = out_of_memory.usage
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2 * GIB))
+    monkeypatch.setattr(out_of_memory, "usage", lambda error, device: usage(error, torch.device("cuda")))
 
 
 def test_a_training_step(tiny_config, gpu, monkeypatch):
@@ -38,7 +40,7 @@ def test_a_training_step(tiny_config, gpu, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as error:
         fit(run)
     text = str(error.value)
-    assert text.startswith(MESSAGE) and "in training: 2.5 GiB or more are needed, the GPU has 2.0" in text
+    assert text.startswith(MESSAGE) and "in training: 2.5 GiB or more are needed, 2.0 are there" in text
     assert lowered(text) == {"train_batch_size": (16, 8), "MAX_ITEM_LIST_LENGTH": (8, 4)}
     assert run.model.places is None
 
@@ -54,6 +56,14 @@ def test_an_evaluation(tiny_config, gpu, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as error:
         run.trainer.evaluate(run.valid, load_best_model=False)
     assert lowered(str(error.value)) == {"eval_batch_size": (4096, 2048)}
+
+
+def test_on_a_cpu(tiny_config, monkeypatch):
+    run = experiment("SASRecCCE", tiny_config)
+    monkeypatch.setattr(run.model, "calculate_loss", full)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        fit(run)
+    assert list(lowered(str(error.value))) == ["train_batch_size", "MAX_ITEM_LIST_LENGTH"]
 
 
 class Model(torch.nn.Module):
@@ -115,7 +125,7 @@ def test_packed_batches_count_real_positions_alone():
 
 def test_a_table_that_leaves_no_room():
     text = advice(n_items=60_000_000)
-    assert text.startswith("the item table, its gradient and the optimizer's moments take 114.4 GiB, the GPU has 80.0")
+    assert text.startswith("the item table, its gradient and the optimizer's moments take 114.4 GiB, 80.0 are there")
     assert "lower hidden_size: 128" in text and not lowered(text)
 
 

@@ -208,7 +208,7 @@ def busy_share(run: SimpleNamespace) -> float:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     )
     busy, end = 0.0, spans[0][0]
     for begin, stop in spans:
@@ -271,6 +271,8 @@ def shares(run: SimpleNamespace) -> dict[str, float]:
     found: Counter[str] = Counter()
     for event in events:
         for kernel in event.kernels:
+            if kernel.name == event.name:
+                continue  # a named range, shown on the GPU too
             copy = "Memcpy HtoD" in kernel.name
             found["data" if copy else part_of(event, forward_parts)] += kernel.duration
     total = sum(found.values())

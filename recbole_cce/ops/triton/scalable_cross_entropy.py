@@ -70,7 +70,7 @@ def bucket_blocks(dim: int, itemsize: int, shared_memory: int, kernel: str) -> B
     elif kernel == "input":
         options = [Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     else:
-        options = [Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
+        options = [Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
 
     def memory(b: Blocks) -> int:
         # what streams waits in fp32 and in 16 bits; probabilities
@@ -186,6 +186,7 @@ def select_rows(
             GROUP=group,
             PRECISION=precision(),
             MODE=mode,
+            ASSEMBLY=table.is_cuda,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
             maxnreg=blocks.registers,

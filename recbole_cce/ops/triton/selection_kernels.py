@@ -15,24 +15,16 @@ import triton.language as tl
 from recbole_cce.ops.triton.tile_kernels import load_rows
 
 EMPTY = tl.constexpr(-(2**63))  # below all keys: a row that is no candidate
-NO_RANK = tl.constexpr(-(2**31))  # below all ranks
-# Counters are in sectors of their own: fewer programs wait for each other, and the compiler, which would give counters
-# side by side another layout than keys, need not wait for a slot to bring it from one to the other.
-COUNTER = tl.constexpr(8)
+COUNTER = tl.constexpr(8)  # a direction's counter has a sector of memory of its own
 
 
 @triton.jit
-def ranks(b_s):
-    """int32 in the order of the scores `b_s`; NaN counts as the largest score. None is NO_RANK."""
+def make_keys(b_s, o_r):
+    """int64 keys of the scores `b_s` of rows `o_r` (int32). NaN counts as the largest score."""
     b_s = tl.where(b_s == b_s, b_s + 0.0, float("nan"))  # one zero and one NaN
     bits = b_s.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def make_keys(b_rank, o_r):
-    """int64 keys of rows `o_r` (int32)."""
-    return (b_rank.to(tl.int64) << 32) | (0x7FFFFFFF - o_r).to(tl.int64)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - o_r).to(tl.int64)
 
 
 @triton.jit
@@ -54,14 +46,68 @@ def sampled_rows(o_j, spacing):
 
 
 @triton.jit
-def put(b_rank, b_slot, o_r, o_b, key_ptr, capacity):
-    """Store the keys of the ranks that are not NO_RANK in their slots of the directions `o_b`.
+def claim(b_s, b_bound, b_r, b_last, p_count, ASSEMBLY: tl.constexpr):
+    """Slots for the scores of rows x directions above the direction's bound, or at it up to row `b_last`; else -1.
 
-    What has no room overwrites the last key: the direction then scans the table.
+    A row < 0 or a last row of -2 is none. `p_count`: the directions' counters, as int64. Like put() in assembly on a GPU:
+    the compiler would bring slots and keys into layouts for stores side by side, at seven times the instructions.
     """
-    # a mask that looks at slots would bring them to another layout, and wait for them, when they are asked for
-    p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity + tl.minimum(b_slot, capacity - 1)
-    tl.store(p_key, make_keys(b_rank, o_r[:, None]), mask=b_rank != NO_RANK)
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred p, q;
+            setp.gtu.f32 p, $1, $2;
+            setp.eq.f32 q, $1, $2;
+            setp.le.and.s32 q, $3, $4, q;
+            or.pred p, p, q;
+            setp.ge.and.s32 p, $3, 0, p;
+            setp.ge.and.s32 p, $4, -1, p;
+            mov.b32 $0, -1;
+            @p atom.relaxed.gpu.global.add.u32 $0, [$5], 1;
+            }""",
+            "=&r,f,f,r,r,l",
+            [b_s, b_bound, b_r, b_last, p_count],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        m_key = (b_s > b_bound) | (b_s != b_s) | ((b_s == b_bound) & (b_r <= b_last))
+        m_key = m_key & (b_r >= 0) & (b_last >= -1)
+        p_count = (p_count + tl.zeros(b_s.shape, tl.int64)).to(tl.pointer_type(tl.int32), bitcast=True)
+        return tl.where(m_key, tl.atomic_add(p_count, 1, mask=m_key, sem="relaxed"), -1)
+
+
+@triton.jit
+def put(b_s, b_slot, b_r, p_key, capacity, ASSEMBLY: tl.constexpr):
+    """Store the keys of the scores that have a slot below the capacity. `p_key`: the directions' keys, as int64."""
+    if ASSEMBLY:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 high, low;
+            .reg .b64 to;
+            setp.lt.u32 p, $2, $5;
+            @!p bra done;
+            add.f32 high, $1, 0f00000000;
+            shr.s32 low, high, 31;
+            and.b32 low, low, 0x7fffffff;
+            xor.b32 high, high, low;
+            sub.s32 low, 0x7fffffff, $3;
+            mad.wide.u32 to, $2, 8, $4;
+            st.global.v2.b32 [to], {low, high};
+            done:
+            mov.b32 $0, 0;
+            }""",
+            "=&r,f,r,r,l,r",
+            [b_s, b_slot, b_r, p_key, capacity],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        p_key = (p_key + b_slot * 8).to(tl.pointer_type(tl.int64), bitcast=True)
+        tl.store(p_key, make_keys(b_s, b_r), mask=(b_slot >= 0) & (b_slot < capacity))
 
 
 @triton.jit
@@ -90,6 +136,7 @@ def score_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     MODE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """One program: the keys of BM rows for `directions_each` directions, BN at a time.
 
@@ -112,8 +159,9 @@ def score_kernel(
     end = blocks
     if MODE == "reach":  # slots of a block are waited for while the next one is scored, after the last one none
         end = blocks + 1
-        b_rank = tl.full([BM, BN], NO_RANK, tl.int32)
-        b_slot = tl.zeros([BM, BN], tl.int32)
+        b_old = tl.zeros([BM, BN], tl.float32)
+        b_slot = tl.full([BM, BN], -1, tl.int32)
+        b_r = tl.where(m_r, o_r, -1)[:, None]
     for i in range(0, end):
         # programs begin with different directions, or all would wait for the same counters
         o_b = first + (i + i_m) % blocks * BN + tl.arange(0, BN)
@@ -122,18 +170,19 @@ def score_kernel(
         b_s = tl.dot(b_t, tl.trans(b_b), input_precision=PRECISION)
         if MODE == "reach":
             o_before = first + (i + i_m + blocks - 1) % blocks * BN + tl.arange(0, BN)
-            put(b_rank, b_slot, o_r, o_before, key_ptr, capacity)
-            b_rank = ranks(b_s)
+            p_key = key_ptr.to(tl.int64) + o_before.to(tl.int64) * capacity * 8
+            put(b_old, b_slot, b_r, p_key[None, :], capacity, ASSEMBLY)
+            b_old = b_s
             b_bound = tl.load(bound_ptr + o_b, mask=m_b, other=0)
-            b_low = (b_bound >> 32).to(tl.int32)[None, :]
-            b_last = 0x7FFFFFFF - (b_bound & 0x7FFFFFFF).to(tl.int32)[None, :]
-            m_key = (b_rank > b_low) | ((b_rank == b_low) & (o_r[:, None] <= b_last))
-            m_key = m_key & m_r[:, None] & m_b[None, :]
-            b_rank = tl.where(m_key, b_rank, NO_RANK)
-            p_count = count_ptr + o_b[None, :] * COUNTER + tl.zeros([BM, BN], tl.int32)
-            b_slot = tl.atomic_add(p_count, 1, mask=m_key, sem="relaxed")
+            bits = (b_bound >> 32).to(tl.int32)
+            b_least = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            b_least = tl.where(b_least == b_least, b_least, float("inf"))  # NaN are above it
+            b_least = tl.where(b_bound == EMPTY, -float("inf"), b_least)
+            b_last = tl.where(m_b, 0x7FFFFFFF - (b_bound & 0x7FFFFFFF).to(tl.int32), -2)
+            p_count = count_ptr.to(tl.int64) + o_b.to(tl.int64) * COUNTER * 4
+            b_slot = claim(b_s, b_least[None, :], b_r, b_last[None, :], p_count[None, :], ASSEMBLY)
         else:
-            b_key = tl.where(m_r[:, None] & m_b[None, :], make_keys(ranks(b_s), o_r[:, None]), EMPTY)
+            b_key = tl.where(m_r[:, None] & m_b[None, :], make_keys(b_s, o_r[:, None]), EMPTY)
             p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
             if MODE == "sample":
                 b_key = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP, BN]), 1)
@@ -187,7 +236,7 @@ def scan(
         o_r = start + tl.arange(0, BR)
         m_r = candidates(o_r, y_ptr, num_rows, padding_idx, stride_y)
         b_t = load_rows(table_ptr, o_r, stride_tn, stride_td, m_r, o_d, D, DTYPE).to(tl.float32)
-        b_key = make_keys(ranks(tl.sum(b_t * b_b[None, :], 1)), o_r)
+        b_key = make_keys(tl.sum(b_t * b_b[None, :], 1), o_r)
         m_r &= b_key >= bound
         tl.store(key_ptr + count + tl.cumsum(m_r.to(tl.int32), 0) - 1, b_key, mask=m_r)
         count += tl.sum(m_r.to(tl.int32), 0)

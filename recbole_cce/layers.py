@@ -134,10 +134,17 @@ def takes_variable_lengths(query: torch.Tensor) -> bool:
 
 
 def feed_forward(block: FeedForward, hidden: torch.Tensor) -> torch.Tensor:
-    """RecBole's feed-forward block, its GELU as one operation instead of five."""
-    activation = F.gelu if block.intermediate_act_fn == block.gelu else block.intermediate_act_fn
-    inner = activation(block.dense_1(hidden))
+    """RecBole's feed-forward block."""
+    inner = block.intermediate_act_fn(block.dense_1(hidden))
     return block.LayerNorm(block.dropout(block.dense_2(inner)) + hidden)
+
+
+def fuse_gelu(encoder: TransformerEncoder) -> None:
+    """Make the GELU of RecBole's layers one operation instead of five, with the same result."""
+    for layer in encoder.layer:
+        block = layer.feed_forward
+        if block.intermediate_act_fn == block.gelu:
+            block.intermediate_act_fn = F.gelu
 
 
 def unpack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:

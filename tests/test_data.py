@@ -373,11 +373,11 @@ def test_batches_hold_the_rows_of_recbole_for_last_targets(tiny_config):
 # Batches made elsewhere from row numbers
 
 
-def assert_same_batches(moved, train):
+def assert_same_batches(moved, train, device="cpu"):
     """All fields of all rows, and rows of zeros between them."""
     number = torch.arange(len(train)).flip(0)
     expected = train[number.numpy()]
-    batch = moved.batch(torch.stack([number + 1, torch.zeros_like(number)], dim=1).flatten())
+    batch = moved.batch(torch.stack([number + 1, torch.zeros_like(number)], dim=1).flatten().to(device))
     assert set(batch.columns) == set(expected.columns)
     for field in expected.columns:
         values = batch[field].cpu()
@@ -392,7 +392,7 @@ def assert_same_batches(moved, train):
 def test_rows_gathered_elsewhere(tiny_config, train_targets, exclude_seen, device):
     settings = {**tiny_config, "MAX_ITEM_LIST_LENGTH": 4, "train_targets": train_targets, "exclude_seen": exclude_seen}
     train, *_ = splits("SASRecCCE", "tiny", **settings)
-    assert_same_batches(train.on_device(torch.device(device)), train)
+    assert_same_batches(train.on_device(torch.device(device)), train, device)
 
 
 def test_sequences_gathered_elsewhere(with_sequences):

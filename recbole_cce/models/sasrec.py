@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.data import TARGET_COUNT, Places
-from recbole_cce.layers import Packing, encode, pack, packs
+from recbole_cce.layers import Packing, encode, fuse_gelu, pack, packs
 from recbole_cce.losses import LOSSES
 
 
@@ -35,6 +35,7 @@ class EfficientSASRec(SASRec):
         # SASRec itself accepts no other loss_type than CE and BPR
         super().__init__(ChainMap({"loss_type": "CE"}, config.final_config_dict), dataset)
         del self.loss_fct
+        fuse_gelu(self.trm_encoder)
         self.loss_type = config["loss_type"]
         self.train_targets = config["train_targets"]
         self.attention = config["attention"]

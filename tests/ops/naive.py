@@ -40,19 +40,24 @@ def sampled_binary(hidden, weight, target, drawn, beta):
     return -(beta * F.logsigmoid(own) + F.logsigmoid(-negative).sum(1)) / (drawn.size(1) + 1)
 
 
-def scalable(hidden, weight, target, positions, items):
-    """Largest loss of each position over its buckets (first of equals), and coverage, one pair at a time."""
+def bucket_losses(hidden, weight, target, positions, items):
+    """For each position a list of its losses in the buckets that have it, in order, one pair at a time; -1 is none."""
     own = (hidden * weight[target]).sum(1)
-    best = [None] * len(hidden)
+    losses = [[] for _ in hidden]
     for position, item in zip(positions.tolist(), items, strict=True):
         for i in position:
-            others = item[item != target[i]]
-            loss = torch.cat([own[i : i + 1], weight[others] @ hidden[i]]).logsumexp(0) - own[i]
-            if best[i] is None or loss > best[i]:
-                best[i] = loss
-    covered = torch.tensor([loss is not None for loss in best])
-    zero = hidden.new_zeros(())
-    return torch.stack([zero if loss is None else loss for loss in best]), covered
+            if i >= 0:
+                others = item[item != target[i]]
+                losses[i].append(torch.cat([own[i : i + 1], weight[others] @ hidden[i]]).logsumexp(0) - own[i])
+    return losses
+
+
+def scalable(hidden, weight, target, positions, items):
+    """Largest loss of each position over its buckets (first of equals), and coverage."""
+    losses = bucket_losses(hidden, weight, target, positions, items)
+    zero = (hidden * weight[target]).sum(1) * 0
+    covered = torch.tensor([len(some) > 0 for some in losses])
+    return torch.stack([max(some, default=none) for some, none in zip(losses, zero, strict=True)]), covered
 
 
 def published_scalable(hidden, weight, target, directions, size_x, size_y):

@@ -19,7 +19,7 @@ SIZES = {"n_buckets": 6, "bucket_size_x": 40, "bucket_size_y": 30}
 POINTERS = POINTERS | {
     "direction_ptr": "*bf16", "table_ptr": "*fp32", "bound_ptr": "*i64", "count_ptr": "*i32", "key_ptr": "*i64",
     "position_ptr": "*i32", "item_ptr": "*i32", "winner_ptr": "*i32", "own_ptr": "*fp32", "best_ptr": "*i64",
-    "rest_ptr": "*fp32", "winner_rest_ptr": "*fp32", "covered_ptr": "*i1", "grad_h_ptr": "*bf16", "out_ptr": "*i32",
+    "peak_ptr": "*fp32", "winner_peak_ptr": "*fp32", "covered_ptr": "*i1", "grad_h_ptr": "*bf16", "out_ptr": "*i32",
 }  # fmt: skip
 
 
@@ -100,15 +100,19 @@ def check_extreme_scores(device="cpu"):
 
 
 def check_buckets(
-    n=60, v=90, d=20, n_buckets=6, size_x=25, size_y=31, dtype=torch.float32, padding_idx=0, empty=3, **kwargs
-):
+    n=60, v=90, d=20, n_buckets=6, size_x=25, size_y=31, dtype=torch.float32, padding_idx=0, empty=3, whole=False,
+    **kwargs,
+):  # fmt: skip
     """The losses of given buckets, some of whose slots are empty, at the error budget of the formula in the same dtype.
 
-    The formula is written for the CPU, pair by pair.
+    The formula is written for the CPU, pair by pair. `whole` numbers have exact products: NumPy's of others, and so the
+    interpreter's, depend on where in a block a row stands.
     """
     from recbole_cce.ops.triton import scalable_cross_entropy as kernels
 
     hidden, weight, target = problem(n, v, d, dtype=dtype, padding_idx=padding_idx, **kwargs)
+    if whole:
+        hidden, weight = hidden.round(), weight.round()
     generator = torch.Generator().manual_seed(1)
     valid = (torch.ones(n) if padding_idx is None else (target != padding_idx).cpu()).nonzero().squeeze(1)
     real = torch.tensor([row for row in range(len(weight)) if row != padding_idx])
@@ -116,6 +120,12 @@ def check_buckets(
         torch.stack([rows[torch.randperm(len(rows), generator=generator)[:size]] for _ in range(n_buckets)])
         for rows, size in ((valid, size_x), (real, size_y))
     )
+    # where rounding decides which of two buckets has the larger loss, the gradients are those of either
+    exact = naive.bucket_losses(hidden.cpu().double(), weight.cpu().double(), target.cpu(), positions, items)
+    largest = [sorted(losses, reverse=True)[:2] for losses in exact]
+    close = torch.tensor([len(two) == 2 and bool(1e-12 < (two[0] - two[1]) / (1 + two[0]) < 1e-5) for two in largest])
+    positions = positions.masked_fill(close[positions], -1)
+    assert close.float().mean() < 0.2
     none = torch.full((n_buckets, empty), -1)
     slots = [torch.cat([none, rows], dim=1).int().to(hidden.device) for rows in (positions, items)]
     covered = None
@@ -130,7 +140,7 @@ def check_buckets(
 
     check(ours, truth, hidden, weight, target, padding_idx)
     expected = torch.zeros(n, dtype=torch.bool)
-    expected[positions.flatten()] = True
+    expected[positions[positions >= 0]] = True
     assert torch.equal(covered.cpu(), expected)
 
 
@@ -187,8 +197,7 @@ def check_bad_input(device="cpu"):
     assert torch.equal(covered, target != 0)
     expected = gradients(hidden, weight, target, mix_x=True, **every)
     hidden[target == 0] = torch.nan
-    for one, two in zip(gradients(hidden, weight, target, mix_x=True, **every), expected, strict=True):
-        assert torch.equal(one, two)
+    assert_close(gradients(hidden, weight, target, mix_x=True, **every), expected)
     hidden[(target != 0).nonzero()[7]] = torch.nan
     assert call(hidden, weight, target, reduction="none", **every).isnan().sum() == 1
     hidden, weight, target = problem(n=30, device=device)
@@ -243,7 +252,7 @@ def test_kernels_in_the_interpreter():
             tests.check_buckets()
             tests.check_buckets(dtype=torch.float16, padding_idx=5)
             tests.check_buckets(n=20, v=3, size_x=16, size_y=3, padding_idx=None, empty=0)
-            tests.check_buckets(scale=6.0)  # probabilities are 0 or 1
+            tests.check_buckets(scale=6.0, whole=True)  # probabilities are 0 or 1
         torch.use_deterministic_algorithms(False)
         tests.check_backends(150)
         tests.check_backends(150, mix_x=True)
@@ -257,6 +266,7 @@ def test_kernels_in_the_interpreter():
 
 CONSTANTS = {
     "D": 48, "BD": 64, "BM": 64, "BN": 64, "BR": 32, "BLOCK": 256, "GROUP": 4, "PRECISION": "ieee", "ATOMIC": True,
+    "ASSEMBLY": True,
 }  # fmt: skip
 
 
@@ -379,7 +389,7 @@ def test_extreme_scores():
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [0.05, 1.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 6.0], ids=["flat", "peaked", "certain"])
 @pytest.mark.parametrize("d", [8, 24, 64, 100, 128, 256, 512])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 def test_buckets(dtype, scale, d, deterministic):

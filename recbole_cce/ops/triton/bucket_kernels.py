@@ -1,9 +1,9 @@
 """SCE in buckets: the loss of a bucket's positions against its items, and the gradients of those that won.
 
 A position's softmax denominator is kept as its distance from the own logit, which is the loss: p_j = exp(s_j - own -
-loss), d loss / d own = exp(-loss) - 1. Where products are of fp32, `rest` holds what rounding the loss left out, or it
-would be the largest error of a peaked softmax. Losses are in units of log 2 until they are final: exp2 is the
-instruction that the hardware has.
+loss), d loss / d own = exp(-loss) - 1. Where products are of fp32, rounding these distances would be the largest error
+of a peaked softmax: there `peak` [B, X, 2] has the largest logit and the log of the sum relative to it. Losses and that
+log are in units of log 2 until they are final: exp2 is the instruction that the hardware has.
 """
 
 import triton
@@ -72,7 +72,7 @@ def bucket_loss_kernel(
     item_ptr,
     own_ptr,
     best_ptr,
-    rest_ptr,
+    peak_ptr,
     size_x,
     size_y,
     blocks_per_bucket,
@@ -91,7 +91,7 @@ def bucket_loss_kernel(
     """One program: the losses of BM positions of a bucket against its items, with an online log-sum-exp.
 
     best [N]: the bits of a position's largest loss (in units of log 2), and below them its bucket's number, of equal
-    losses the lowest one; 0 where no bucket held the position. NaN is larger than any loss. rest [B, X]: see above.
+    losses the lowest one; 0 where no bucket held the position. NaN is larger than any loss. peak: see above.
     """
     i_b = tl.program_id(0) // blocks_per_bucket
     o_d = tl.arange(0, BD)
@@ -115,10 +115,12 @@ def bucket_loss_kernel(
         b_p = tl.exp2((b_s - b_new[:, None]) * LOG2_E)
         b_mass = b_mass * tl.exp2((b_ref - b_new) * LOG2_E) + tl.sum(b_p, 1)
         b_ref = b_new
-    b_loss, b_lse, _, _ = finish((b_ref - b_own) * LOG2_E, b_mass, b_own * 0.0)
+    b_loss, _, _, _ = finish((b_ref - b_own) * LOG2_E, b_mass, b_own * 0.0)
     b_loss *= LOG2_E
-    if rest_ptr is not None:
-        tl.store(rest_ptr + o_slot, (b_lse - b_loss).to(tl.float32), mask=o_x < size_x)
+    if peak_ptr is not None:
+        tl.store(peak_ptr + 2 * o_slot, b_ref, mask=o_x < size_x)
+        b_log = tl.log2(b_mass + tl.exp2((b_own - b_ref) * LOG2_E))
+        tl.store(peak_ptr + 2 * o_slot + 1, b_log, mask=o_x < size_x)
     bits = b_loss.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     b_key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - i_b).to(tl.int64)
     tl.atomic_max(best_ptr + b_n, b_key, mask=m_n, sem="relaxed")
@@ -141,7 +143,7 @@ def largest_loss_kernel(best_ptr, loss_ptr, covered_ptr, n, BLOCK: tl.constexpr)
 
 @triton.jit
 def winner_kernel(
-    position_ptr, best_ptr, rest_ptr, winner_ptr, winner_rest_ptr, count_ptr, size_x, BLOCK: tl.constexpr
+    position_ptr, best_ptr, peak_ptr, winner_ptr, winner_peak_ptr, count_ptr, size_x, BLOCK: tl.constexpr
 ):
     """One program: the positions of a bucket that have their largest loss in it, in the order of its slots."""
     i_b = tl.program_id(0)
@@ -154,32 +156,34 @@ def winner_kernel(
         m_won = (b_n >= 0) & ((b_key & 0x7FFFFFFF).to(tl.int32) == 0x7FFFFFFF - i_b)
         o_winner = o_bucket + count + tl.cumsum(m_won.to(tl.int32), 0) - 1
         tl.store(winner_ptr + o_winner, b_n, mask=m_won)
-        if rest_ptr is not None:
-            tl.store(winner_rest_ptr + o_winner, tl.load(rest_ptr + o_bucket + o_x, mask=m_won), mask=m_won)
+        if peak_ptr is not None:
+            for half in tl.static_range(2):
+                b_peak = tl.load(peak_ptr + 2 * (o_bucket + o_x) + half, mask=m_won)
+                tl.store(winner_peak_ptr + 2 * o_winner + half, b_peak, mask=m_won)
         count += tl.sum(m_won.to(tl.int32), 0)
     tl.store(count_ptr + i_b, count)
 
 
 @triton.jit
-def load_winners(winner_ptr, rest_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y):
-    """Position, target, own logit, loss and what rounding left out of it, of the slots `o_slot` of winners."""
+def load_winners(winner_ptr, peak_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y):
+    """Position, target, reference of its logits, log of the softmax denominator there, and loss, of the slots `o_slot`
+    of winners."""
     b_n = tl.load(winner_ptr + o_slot, mask=m_n, other=0)
     b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=0).to(tl.int32)
     b_own = tl.load(own_ptr + b_n, mask=m_n, other=0.0)
     b_loss = loss_of(tl.load(best_ptr + b_n, mask=m_n, other=0))
-    b_rest = b_own * 0.0
-    if rest_ptr is not None:
-        b_rest = tl.load(rest_ptr + o_slot, mask=m_n, other=0.0)
-    return b_n, b_y, b_own, b_loss, b_rest
+    b_ref, b_log = b_own, b_loss
+    if peak_ptr is not None:
+        b_ref = tl.load(peak_ptr + 2 * o_slot, mask=m_n, other=0.0)
+        b_log = tl.load(peak_ptr + 2 * o_slot + 1, mask=m_n, other=0.0)
+    return b_n, b_y, b_ref, b_log, b_loss
 
 
 @triton.jit
-def probabilities(b_s, b_own, b_loss, b_rest, b_y, b_item, DTYPE: tl.constexpr):
+def probabilities(b_s, b_ref, b_log, b_y, b_item, DTYPE: tl.constexpr):
     """Of logits of positions x items; 0 at own targets, and in fp16 in larger units."""
     UP: tl.constexpr = UNITS_16 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
-    b_s = (b_s - b_own) * LOG2_E - (b_loss - UP)
-    if DTYPE == tl.float32:  # noqa: SIM300
-        b_s -= b_rest
+    b_s = (b_s - b_ref) * LOG2_E - (b_log - UP)
     return tl.where((b_item != b_y) & (b_item >= 0), tl.exp2(b_s), 0.0)
 
 
@@ -191,7 +195,7 @@ def bucket_input_gradient_kernel(
     y_ptr,
     item_ptr,
     winner_ptr,
-    rest_ptr,
+    peak_ptr,
     count_ptr,
     own_ptr,
     best_ptr,
@@ -221,8 +225,8 @@ def bucket_input_gradient_kernel(
         o_x = i_x + tl.arange(0, BM)
         m_n = o_x < count
         o_slot = i_b.to(tl.int64) * size_x + o_x
-        b_n, b_y, b_own, b_loss, b_rest = load_winners(
-            winner_ptr, rest_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y
+        b_n, b_y, b_ref, b_log, b_loss = load_winners(
+            winner_ptr, peak_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y
         )
         b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
         b_sum = tl.zeros([BM, BD], tl.float32)
@@ -231,9 +235,7 @@ def bucket_input_gradient_kernel(
             b_item = load_items(item_ptr, i_b, o_y, size_y)
             b_w = load_rows(w_ptr, b_item, stride_wn, stride_wd, b_item >= 0, o_d, D, DTYPE)
             b_s = logits(b_h, b_w, PRECISION)
-            b_p = probabilities(
-                b_s, b_own[:, None], b_loss[:, None], b_rest[:, None], b_y[:, None], b_item[None, :], DTYPE
-            )
+            b_p = probabilities(b_s, b_ref[:, None], b_log[:, None], b_y[:, None], b_item[None, :], DTYPE)
             b_sum = add_product(b_p, b_w, b_sum, PRECISION)
         UP: tl.constexpr = UNITS_16 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
         b_g = tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad, mask=m_n, other=0.0).to(tl.float32)
@@ -251,7 +253,7 @@ def bucket_weight_gradient_kernel(
     y_ptr,
     item_ptr,
     winner_ptr,
-    rest_ptr,
+    peak_ptr,
     count_ptr,
     own_ptr,
     best_ptr,
@@ -292,15 +294,13 @@ def bucket_weight_gradient_kernel(
             o_x = i_x + tl.arange(0, BM)
             m_n = o_x < count
             o_slot = i_b.to(tl.int64) * size_x + o_x
-            b_n, b_y, b_own, b_loss, b_rest = load_winners(
-                winner_ptr, rest_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y
+            b_n, b_y, b_ref, b_log, _ = load_winners(
+                winner_ptr, peak_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y
             )
             b_g = tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad, mask=m_n, other=0.0).to(tl.float32) / unit
             b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
             b_s = logits(b_w, b_h, PRECISION)
-            b_p = probabilities(
-                b_s, b_own[None, :], b_loss[None, :], b_rest[None, :], b_y[None, :], b_item[:, None], DTYPE
-            )
+            b_p = probabilities(b_s, b_ref[None, :], b_log[None, :], b_y[None, :], b_item[:, None], DTYPE)
             b_sum = add_product(b_p * b_g[None, :], b_h, b_sum, PRECISION)
         UP: tl.constexpr = UNITS_16 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
         b_sum *= unit * (2.0**-UP)

@@ -272,14 +272,14 @@ def forward(
     padding_idx: Optional[int],
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [N]; covered [N] bool; own [N], logits of the targets; best [N] and rest, see bucket_loss_kernel()."""
+    """loss [N]; covered [N] bool; own [N], logits of the targets; best [N] and peak, see bucket_loss_kernel()."""
     n = len(input)
     loss, own = (torch.empty(n, dtype=torch.float32, device=input.device) for _ in range(2))
     best = torch.empty(n, dtype=torch.int64, device=input.device)
     covered = torch.empty(n, dtype=torch.bool, device=input.device)
-    rest = torch.empty(rest_shape(positions, dtype), dtype=torch.float32, device=input.device)
+    peak = torch.empty(peak_shape(positions, dtype), dtype=torch.float32, device=input.device)
     if n == 0:
-        return loss, covered, own, best, rest
+        return loss, covered, own, best, peak
     common = common_options(input, weight, target, dtype)
     bucket_kernels.own_logit_kernel[(triton.cdiv(n, 16),)](
         **common,
@@ -299,7 +299,7 @@ def forward(
             item_ptr=items,
             own_ptr=own,
             best_ptr=best,
-            rest_ptr=rest if rest.numel() else None,
+            peak_ptr=peak if peak.numel() else None,
             size_x=positions.size(1),
             size_y=items.size(1),
             blocks_per_bucket=blocks_per_bucket,
@@ -312,7 +312,7 @@ def forward(
     bucket_kernels.largest_loss_kernel[(triton.cdiv(n, 1024),)](
         best_ptr=best, loss_ptr=loss, covered_ptr=covered, n=n, BLOCK=1024
     )
-    return loss, covered, own, best, rest
+    return loss, covered, own, best, peak
 
 
 @forward.register_fake
@@ -327,12 +327,12 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dtypes = (torch.float32, torch.bool, torch.float32, torch.int64)
     of_positions = (input.new_empty(len(input), dtype=of) for of in dtypes)
-    return *of_positions, input.new_empty(rest_shape(positions, dtype), dtype=torch.float32)
+    return *of_positions, input.new_empty(peak_shape(positions, dtype), dtype=torch.float32)
 
 
-def rest_shape(positions: torch.Tensor, dtype: torch.dtype) -> tuple[int, ...]:
-    """Of what rounding leaves out of losses: only products of fp32 are exact enough to need it."""
-    return tuple(positions.shape) if dtype == torch.float32 else (0,)
+def peak_shape(positions: torch.Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """Of exact softmax denominators: only products of fp32 are exact enough to need them."""
+    return (*positions.shape, 2) if dtype == torch.float32 else (0,)
 
 
 @torch.library.custom_op("recbole_cce::bucket_cross_entropy_gradients", mutates_args=())
@@ -346,7 +346,7 @@ def gradients(
     loss: torch.Tensor,
     own: torch.Tensor,
     best: torch.Tensor,
-    rest: torch.Tensor,
+    peak: torch.Tensor,
     dtype: torch.dtype,
     input_needed: bool,
     weight_needed: bool,
@@ -357,15 +357,15 @@ def gradients(
     grad_weight = torch.zeros(weight.shape if weight_needed else 0, dtype=torch.float32, device=weight.device)
     if positions.numel() == 0:
         return grad_input, grad_weight.to(weight.dtype)
-    winners, winner_rest = torch.empty_like(positions), torch.empty_like(rest)
-    with_rest = rest.numel() > 0
+    winners, winner_peak = torch.empty_like(positions), torch.empty_like(peak)
+    with_peak = peak.numel() > 0
     count = torch.empty(len(positions), dtype=torch.int32, device=input.device)
     bucket_kernels.winner_kernel[(len(positions),)](
         position_ptr=positions,
         best_ptr=best,
-        rest_ptr=rest if with_rest else None,
+        peak_ptr=peak if with_peak else None,
         winner_ptr=winners,
-        winner_rest_ptr=winner_rest,
+        winner_peak_ptr=winner_peak,
         count_ptr=count,
         size_x=positions.size(1),
         BLOCK=min(1024, padded(positions.size(1))),
@@ -376,7 +376,7 @@ def gradients(
         "stride_grad": grad.stride(0),
         "item_ptr": items,
         "winner_ptr": winners,
-        "rest_ptr": winner_rest if with_rest else None,
+        "peak_ptr": winner_peak if with_peak else None,
         "count_ptr": count,
         "own_ptr": own,
         "best_ptr": best,
@@ -457,7 +457,7 @@ def _(
     loss: torch.Tensor,
     own: torch.Tensor,
     best: torch.Tensor,
-    rest: torch.Tensor,
+    peak: torch.Tensor,
     dtype: torch.dtype,
     input_needed: bool,
     weight_needed: bool,

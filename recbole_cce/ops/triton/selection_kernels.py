@@ -49,8 +49,8 @@ def sampled_rows(o_j, spacing):
 def claim(b_s, b_bound, b_r, b_last, p_count, ASSEMBLY: tl.constexpr):
     """Slots for the scores of rows x directions above the direction's bound, or at it up to row `b_last`; else -1.
 
-    A row < 0 or a last row of -2 is none. `p_count`: the directions' counters, as int64. Like put() in assembly on a GPU:
-    the compiler would bring slots and keys into layouts for stores side by side, at seven times the instructions.
+    A row < 0 or a last row of -2 is none. `p_count`: the directions' counters, as int64. Like put() in assembly on a
+    GPU: the compiler would bring slots and keys into layouts for stores side by side, at seven times the instructions.
     """
     if ASSEMBLY:
         return tl.inline_asm_elementwise(

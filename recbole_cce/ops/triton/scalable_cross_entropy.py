@@ -20,6 +20,7 @@ BUFFER_ELEMENTS = 2**23  # fp32 numbers, or keys of twice the size, that are hel
 SPACING = 4  # one row in so many is in the sample
 SPARE = 8  # keys that a direction has memory for, in units of what it selects; about SPACING of it are used
 MIN_CAPACITY = 2048
+MAX_STREAM = 128  # directions that a program scores at a time, at most
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ def top_rows(
     keys = torch.empty(step, capacity, dtype=torch.int64, device=table.device)
     bound = count = None
     if capacity < num_rows:
-        bound = torch.empty(step, dtype=torch.int64, device=table.device)
-        count = torch.empty(step, selection_kernels.COUNTER.value, dtype=torch.int32, device=table.device)
+        bound = torch.empty(step, dtype=torch.float32, device=table.device)
+        # of directions up to the end of a block, those beyond the last one full
+        counters = triton.cdiv(step, MAX_STREAM) * MAX_STREAM, selection_kernels.COUNTER.value
+        count = torch.full(counters, 2**30, dtype=torch.int32, device=table.device)
     for chunk, out in zip(directions.contiguous().split(step), rows.split(step), strict=True):
         select_rows(chunk, table, target, k, padding_idx, keys, bound, count, out)
     return rows.sort(dim=1).values
@@ -169,12 +172,12 @@ def select_rows(
         **{name: matrix[name] for name in ("D", "BD", "DTYPE")},
     }
 
-    def score(mode: str, programs: int, group: int = 1, samples: int = 0, spacing: int = 1) -> None:
+    def score(mode: str, programs: int, group: int = 1, samples: int = 0, spacing: int = 1, **options: Any) -> None:
         # a small table is scored by several programs a block, each for some directions
         parts = triton.cdiv(4 * num_processors(table.device), programs)
         each = triton.cdiv(triton.cdiv(len(directions), parts), blocks.stream) * blocks.stream
         selection_kernels.score_kernel[(programs, triton.cdiv(len(directions), each))](
-            **common,
+            **{**common, **options},
             bound_ptr=bound,
             count_ptr=count,
             num_directions=len(directions),
@@ -197,9 +200,10 @@ def select_rows(
         score("all", triton.cdiv(num_rows, blocks.stay))
     else:
         spacing, programs, group = sampling(num_rows, capacity, blocks.stay)
-        score("sample", programs, group, triton.cdiv(num_rows, spacing), spacing)
+        rank = keys.view(torch.int32)
+        score("sample", programs, group, triton.cdiv(num_rows, spacing), spacing, key_ptr=rank)
         selection_kernels.bound_kernel[(len(directions),)](
-            key_ptr=keys,
+            rank_ptr=rank,
             bound_ptr=bound,
             count_ptr=count,
             count=programs * (blocks.stay // group),

@@ -3,9 +3,9 @@
 A row's key for a direction holds its score and, below it, its number: keys differ, of equal scores the lowest row's is
 the larger. So there is one answer, whatever the order in which keys are collected:
 
-1. Score a sample of the rows and keep the largest key of each group of them. The k-th largest of these is a bound: at
+1. Score a sample of the rows and keep the largest score of each group of them. The k-th largest of these is a bound: at
    least k rows reach it.
-2. Score all rows, and collect the keys that reach the bound of their direction: a few times k.
+2. Score all rows, and collect the keys of those that reach the bound of their direction: a few times k.
 3. Select k of them. A direction for which there were more than its share of memory holds scans the table alone.
 """
 
@@ -15,16 +15,21 @@ import triton.language as tl
 from recbole_cce.ops.triton.tile_kernels import load_rows
 
 EMPTY = tl.constexpr(-(2**63))  # below all keys: a row that is no candidate
-COUNTER = tl.constexpr(8)  # a direction's counter has a sector of memory of its own
+COUNTER = tl.constexpr(8)  # a direction's counter has a sector of memory of its own, 32 bytes
+
+
+@triton.jit
+def ranks(b_s):
+    """int32 in the order of the scores `b_s`, none of which is NaN; undone by bound_kernel()."""
+    bits = (b_s + 0.0).to(tl.int32, bitcast=True)  # one zero
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def make_keys(b_s, o_r):
     """int64 keys of the scores `b_s` of rows `o_r` (int32). NaN counts as the largest score."""
-    b_s = tl.where(b_s == b_s, b_s + 0.0, float("nan"))  # one zero and one NaN
-    bits = b_s.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - o_r).to(tl.int64)
+    b_rank = tl.where(b_s == b_s, ranks(b_s), 0x7FFFFFFF)
+    return (b_rank.to(tl.int64) << 32) | (0x7FFFFFFF - o_r).to(tl.int64)
 
 
 @triton.jit
@@ -46,67 +51,69 @@ def sampled_rows(o_j, spacing):
 
 
 @triton.jit
-def claim(b_s, b_bound, b_r, b_last, p_count, ASSEMBLY: tl.constexpr):
-    """Slots for the scores of rows x directions above the direction's bound, or at it up to row `b_last`; else -1.
+def claim(b_s, b_bound, b_r, o_b, count_ptr, ASSEMBLY: tl.constexpr):
+    """Slots for the scores of rows x directions that reach the direction's bound, -1 for others and rows < 0.
 
-    A row < 0 or a last row of -2 is none. `p_count`: the directions' counters, as int64. Like put() in assembly on a
-    GPU: the compiler would bring slots and keys into layouts for stores side by side, at seven times the instructions.
+    `count_ptr` as int64. Like put() in assembly on a GPU: the compiler would bring slots and keys into layouts for
+    stores side by side, at seven times the instructions.
     """
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
             """{
-            .reg .pred p, q;
-            setp.gtu.f32 p, $1, $2;
-            setp.eq.f32 q, $1, $2;
-            setp.le.and.s32 q, $3, $4, q;
-            or.pred p, p, q;
+            .reg .pred p;
+            .reg .b64 at;
+            setp.geu.f32 p, $1, $2;
             setp.ge.and.s32 p, $3, 0, p;
-            setp.ge.and.s32 p, $4, -1, p;
             mov.b32 $0, -1;
-            @p atom.relaxed.gpu.global.add.u32 $0, [$5], 1;
+            @p mad.wide.u32 at, $4, 32, $5;
+            @p atom.relaxed.gpu.global.add.u32 $0, [at], 1;
             }""",
             "=&r,f,f,r,r,l",
-            [b_s, b_bound, b_r, b_last, p_count],
+            [b_s, b_bound, b_r, o_b, count_ptr],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
-        m_key = (b_s > b_bound) | (b_s != b_s) | ((b_s == b_bound) & (b_r <= b_last))
-        m_key = m_key & (b_r >= 0) & (b_last >= -1)
-        p_count = (p_count + tl.zeros(b_s.shape, tl.int64)).to(tl.pointer_type(tl.int32), bitcast=True)
+        m_key = ((b_s >= b_bound) | (b_s != b_s)) & (b_r >= 0)
+        p_count = (count_ptr + o_b.to(tl.int64) * 32 + tl.zeros(b_s.shape, tl.int64)).to(
+            tl.pointer_type(tl.int32), bitcast=True
+        )
         return tl.where(m_key, tl.atomic_add(p_count, 1, mask=m_key, sem="relaxed"), -1)
 
 
 @triton.jit
-def put(b_s, b_slot, b_r, p_key, capacity, ASSEMBLY: tl.constexpr):
-    """Store the keys of the scores that have a slot below the capacity. `p_key`: the directions' keys, as int64."""
+def put(b_s, b_slot, b_r, o_b, key_ptr, capacity, ASSEMBLY: tl.constexpr):
+    """Store the keys of the scores that have a slot below the capacity. `key_ptr` as int64."""
     if ASSEMBLY:
         tl.inline_asm_elementwise(
             """{
             .reg .pred p;
-            .reg .b32 high, low;
-            .reg .b64 to;
-            setp.lt.u32 p, $2, $5;
+            .reg .b32 high, low, sign;
+            .reg .b64 at;
+            setp.lt.u32 p, $2, $6;
             @!p bra done;
             add.f32 high, $1, 0f00000000;
-            shr.s32 low, high, 31;
-            and.b32 low, low, 0x7fffffff;
-            xor.b32 high, high, low;
+            shr.s32 sign, high, 31;
+            and.b32 sign, sign, 0x7fffffff;
+            xor.b32 high, high, sign;
+            setp.nan.f32 p, $1, $1;
+            @p mov.b32 high, 0x7fffffff;
             sub.s32 low, 0x7fffffff, $3;
-            mad.wide.u32 to, $2, 8, $4;
-            st.global.v2.b32 [to], {low, high};
+            mad.lo.u32 sign, $4, $6, $2;
+            mad.wide.u32 at, sign, 8, $5;
+            st.global.v2.b32 [at], {low, high};
             done:
             mov.b32 $0, 0;
             }""",
-            "=&r,f,r,r,l,r",
-            [b_s, b_slot, b_r, p_key, capacity],
+            "=&r,f,r,r,r,l,r",
+            [b_s, b_slot, b_r, o_b, key_ptr, capacity],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
-        p_key = (p_key + b_slot * 8).to(tl.pointer_type(tl.int64), bitcast=True)
+        p_key = (key_ptr + (o_b * capacity + b_slot).to(tl.int64) * 8).to(tl.pointer_type(tl.int64), bitcast=True)
         tl.store(p_key, make_keys(b_s, b_r), mask=(b_slot >= 0) & (b_slot < capacity))
 
 
@@ -140,9 +147,10 @@ def score_kernel(
 ):
     """One program: the keys of BM rows for `directions_each` directions, BN at a time.
 
-    key [directions, capacity]. MODE "sample": the largest key of each GROUP sampled rows. MODE "all": the key of each
-    row. MODE "reach": in any order the keys that reach bound [directions], of which count [directions] says how many
-    there are; those beyond the capacity are lost.
+    key [directions, capacity]. MODE "all": the key of each row. MODE "sample": instead of keys the rank of the largest
+    score of each GROUP sampled rows. MODE "reach": in any order the keys whose scores reach bound [directions], of
+    which count [directions] says how many there are; those beyond the capacity are lost. NaN in a row claims slots of
+    directions beyond the last one too, as many as fill a block: their counters exist, at the capacity or above.
     """
     i_m = tl.program_id(0)
     o_d = tl.arange(0, BD)
@@ -161,50 +169,49 @@ def score_kernel(
         end = blocks + 1
         b_old = tl.zeros([BM, BN], tl.float32)
         b_slot = tl.full([BM, BN], -1, tl.int32)
-        b_r = tl.where(m_r, o_r, -1)[:, None]
     for i in range(0, end):
         # programs begin with different directions, or all would wait for the same counters
         o_b = first + (i + i_m) % blocks * BN + tl.arange(0, BN)
-        m_b = o_b < tl.where(i < blocks, last, 0)
+        m_b = o_b < last
         b_b = load_rows(direction_ptr, o_b, D, 1, m_b, o_d, D, DTYPE)
         b_s = tl.dot(b_t, tl.trans(b_b), input_precision=PRECISION)
         if MODE == "reach":
             o_before = first + (i + i_m + blocks - 1) % blocks * BN + tl.arange(0, BN)
-            p_key = key_ptr.to(tl.int64) + o_before.to(tl.int64) * capacity * 8
-            put(b_old, b_slot, b_r, p_key[None, :], capacity, ASSEMBLY)
+            put(b_old, b_slot, o_r[:, None], o_before[None, :], key_ptr.to(tl.int64), capacity, ASSEMBLY)
             b_old = b_s
-            b_bound = tl.load(bound_ptr + o_b, mask=m_b, other=0)
-            bits = (b_bound >> 32).to(tl.int32)
-            b_least = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-            b_least = tl.where(b_least == b_least, b_least, float("inf"))  # NaN are above it
-            b_least = tl.where(b_bound == EMPTY, -float("inf"), b_least)
-            b_last = tl.where(m_b, 0x7FFFFFFF - (b_bound & 0x7FFFFFFF).to(tl.int32), -2)
-            p_count = count_ptr.to(tl.int64) + o_b.to(tl.int64) * COUNTER * 4
-            b_slot = claim(b_s, b_least[None, :], b_r, b_last[None, :], p_count[None, :], ASSEMBLY)
+            b_bound = tl.load(bound_ptr + o_b, mask=m_b, other=float("inf"))
+            b_r = tl.where(m_r & (i < blocks), o_r, -1)
+            b_slot = claim(b_s, b_bound[None, :], b_r[:, None], o_b[None, :], count_ptr.to(tl.int64), ASSEMBLY)
+        elif MODE == "sample":
+            b_s = tl.where(m_r[:, None], b_s, -float("inf"))
+            b_s = tl.max(tl.reshape(b_s, [BM // GROUP, GROUP, BN]), 1)
+            o_g = i_m * (BM // GROUP) + tl.arange(0, BM // GROUP)
+            b_s = tl.where(b_s == b_s, b_s, float("inf"))
+            tl.store(key_ptr + o_b[None, :] * capacity + o_g[:, None], ranks(b_s), mask=m_b[None, :])
         else:
             b_key = tl.where(m_r[:, None] & m_b[None, :], make_keys(b_s, o_r[:, None]), EMPTY)
             p_key = key_ptr + o_b.to(tl.int64)[None, :] * capacity
-            if MODE == "sample":
-                b_key = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP, BN]), 1)
-                o_g = i_m * (BM // GROUP) + tl.arange(0, BM // GROUP)
-                tl.store(p_key + o_g[:, None], b_key, mask=m_b[None, :])
-            else:
-                tl.store(p_key + o_r[:, None], b_key, mask=(o_r < num_rows)[:, None] & m_b[None, :])
+            tl.store(p_key + o_r[:, None], b_key, mask=(o_r < num_rows)[:, None] & m_b[None, :])
 
 
 @triton.jit
-def kth_key(key_ptr, count, k, BLOCK: tl.constexpr):
-    """A number that k of the `count` different keys reach, EMPTY if there are not more: bit by bit from the highest."""
+def kth_key(key_ptr, count, k, BLOCK: tl.constexpr, BITS: tl.constexpr = 64):
+    """A number that k of the `count` keys reach, the least one if there are not more: bit by bit from the highest.
+
+    Where keys are different, no more than k reach it.
+    """
+    TYPE: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
+    LEAST: tl.constexpr = -(2 ** (BITS - 1))
     o_k = tl.arange(0, BLOCK)
-    b_key = tl.load(key_ptr + o_k, mask=o_k < count, other=EMPTY)
-    bound = tl.full((), EMPTY, tl.int64)
+    b_key = tl.load(key_ptr + o_k, mask=o_k < count, other=LEAST)
+    bound = tl.full((), LEAST, TYPE)
     reached = tl.full((), 0, tl.int32) + count
-    bit = tl.full((), 63, tl.int64)
+    bit = tl.full((), BITS - 1, TYPE)
     while (bit >= 0) & (reached != k):
-        trial = bound + (tl.full((), 1, tl.int64) << bit)
+        trial = bound + (tl.full((), 1, TYPE) << bit)
         number = tl.sum((b_key >= trial).to(tl.int32), 0)
         for start in range(BLOCK, count, BLOCK):
-            b_more = tl.load(key_ptr + start + o_k, mask=start + o_k < count, other=EMPTY)
+            b_more = tl.load(key_ptr + start + o_k, mask=start + o_k < count, other=LEAST)
             number += tl.sum((b_more >= trial).to(tl.int32), 0)
         enough = number >= k
         bound = tl.where(enough, trial, bound)
@@ -214,10 +221,13 @@ def kth_key(key_ptr, count, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def bound_kernel(key_ptr, bound_ptr, count_ptr, count, capacity, k, BLOCK: tl.constexpr):
-    """One program: the bound of a direction from the keys of its sample; nothing is collected yet."""
+def bound_kernel(rank_ptr, bound_ptr, count_ptr, count, capacity, k, BLOCK: tl.constexpr):
+    """One program: the bound of a direction, a score, from the ranks of its sample; nothing is collected yet."""
     i_b = tl.program_id(0)
-    tl.store(bound_ptr + i_b, kth_key(key_ptr + i_b.to(tl.int64) * capacity, count, k, BLOCK))
+    rank = kth_key(rank_ptr + i_b.to(tl.int64) * capacity, count, k, BLOCK, 32)
+    rank = tl.maximum(rank, -2139095041)  # of minus infinity; ranks below are of no number
+    bits = rank ^ ((rank >> 31) & 0x7FFFFFFF)
+    tl.store(bound_ptr + i_b, bits.to(tl.float32, bitcast=True))
     tl.store(count_ptr + i_b * COUNTER, 0)
 
 

@@ -70,11 +70,20 @@ def check_compiled(sharing, n, device="cpu", backend="inductor"):
 # Without a GPU
 
 
+# fp32 products of the interpreter, which are NumPy's: by some CPUs one row's depend on where in a block it stands, so
+# that a backward pass would not meet the logits of the forward pass; on a GPU it does
+PRODUCTS = """
+import numpy
+matmul = numpy.matmul
+numpy.matmul = lambda a, b, dtype: matmul(a, b, dtype=numpy.float64).astype(dtype)
+"""
+
+
 def run_python(program: str, **environment: str) -> str:
     """Run a program in a process of its own: Triton chooses its interpreter when it is imported."""
     path = os.path.join(os.getcwd(), "program.py")
     with open(path, "w") as file:
-        file.write(textwrap.dedent(program))
+        file.write(PRODUCTS + textwrap.dedent(program))
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     result = subprocess.run(
         [sys.executable, path],

@@ -101,19 +101,15 @@ def check_extreme_scores(device="cpu"):
 
 
 def check_buckets(
-    n=60, v=90, d=20, n_buckets=6, size_x=25, size_y=31, dtype=torch.float32, padding_idx=0, empty=3, whole=False,
-    **kwargs,
-):  # fmt: skip
+    n=60, v=90, d=20, n_buckets=6, size_x=25, size_y=31, dtype=torch.float32, padding_idx=0, empty=3, **kwargs
+):
     """The losses of given buckets, some of whose slots are empty, at the error budget of the formula in the same dtype.
 
-    The formula is written for the CPU, pair by pair. `whole` numbers have exact products: NumPy's of others, and so the
-    interpreter's, depend on where in a block a row stands.
+    The formula is written for the CPU, pair by pair.
     """
     from recbole_cce.ops.triton import scalable_cross_entropy as kernels
 
     hidden, weight, target = problem(n, v, d, dtype=dtype, padding_idx=padding_idx, **kwargs)
-    if whole:
-        hidden, weight = hidden.round(), weight.round()
     generator = torch.Generator().manual_seed(1)
     valid = (torch.ones(n) if padding_idx is None else (target != padding_idx).cpu()).nonzero().squeeze(1)
     real = torch.tensor([row for row in range(len(weight)) if row != padding_idx])
@@ -253,7 +249,7 @@ def test_kernels_in_the_interpreter():
             tests.check_buckets()
             tests.check_buckets(dtype=torch.float16, padding_idx=5)
             tests.check_buckets(n=20, v=3, size_x=16, size_y=3, padding_idx=None, empty=0)
-            tests.check_buckets(scale=6.0, whole=True)  # probabilities are 0 or 1
+            tests.check_buckets(scale=6.0)  # probabilities are 0 or 1
         torch.use_deterministic_algorithms(False)
         tests.check_backends(150)
         tests.check_backends(150, mix_x=True)

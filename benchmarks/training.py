@@ -67,9 +67,9 @@ class Shape:
 
 SHAPES = {
     "d64": Shape(26_744, 64, 50, 2048),
-    "d256": Shape(26_744, 256, 200, 2048),
-    "l320": Shape(173_511, 256, 320, 1024),
-    "v1600k": Shape(1_600_000, 128, 200, 1024),
+    "d256": Shape(26_744, 256, 200, 2048, steps=24),
+    "l320": Shape(173_511, 256, 320, 1024, steps=24),
+    "v1600k": Shape(1_600_000, 128, 200, 1024, steps=24),
     "beauty": Shape(12_101, 64, 50, 2048, beauty=True),
 }
 # users of the 5-core of Amazon Beauty with 2, 3, ... items in their training history; 50 stands for more, too
@@ -84,6 +84,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "RecBole, AMP": ("SASRec", {"enable_amp": True, "enable_scaler": True}),
     "ours CCE-": ("SASRecCCE", {"loss_type": "CCE-"}),
     "ours CCE-, compiled": ("SASRecCCE", {"loss_type": "CCE-", "compile_encoder": True}),
+    "ours CCE-, K=512, compiled": (
+        "SASRecCCE",
+        {"loss_type": "CCE-", "num_negatives": 512, "compile_encoder": True},
+    ),
     "ours CCE": ("SASRecCCE", {"loss_type": "CCE"}),
     "ours SCE": ("SASRecSCE", {"loss_type": "SCE"}),
     "ours gBCE": ("SASRecCCE", {"loss_type": "gBCE"}),

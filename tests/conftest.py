@@ -26,6 +26,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def free_gpu_memory(request):
+    """What a test leaves in torch's cache another process cannot have."""
+    yield
+    if "cuda" in request.keywords:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """RecBole writes ./log, ./log_tensorboard and ./saved, reads sys.argv and sets CUDA_VISIBLE_DEVICES."""
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ Selection and loss are two ops, of which only the second has gradients. The back
 bucket only: winners of a bucket are listed, and losers cost nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -17,9 +18,10 @@ from recbole_cce.ops.triton.linear_cross_entropy import num_processors
 from recbole_cce.ops.triton.negatives import NO_PADDING
 
 BUFFER_ELEMENTS = 2**23  # fp32 numbers, or keys of twice the size, that are held at a time
-SPACING = 4  # one row in so many is in the sample
-SPARE = 8  # keys that a direction has memory for, in units of what it selects; about SPACING of it are used
-MIN_CAPACITY = 2048
+SPACING = 8  # one row in so many is in the sample
+DEVIATIONS = 5.0  # by which the sample may be wrong before a direction has to scan the table
+SPARE = 4  # keys that a direction has memory for, in units of what it selects
+MIN_CAPACITY = 4096
 MAX_STREAM = 128  # directions that a program scores at a time, at most
 
 
@@ -47,8 +49,6 @@ def score_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
     if itemsize == 4:
         return exact_blocks(width, shared_memory)
     options = [Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 1)]
-    if width > 64:
-        options = [Blocks(128, 32, 8, 2, registers=128), *options]
     return first_that_fits(options, lambda b: (b.stay + b.stages * b.stream) * width * 2 + b.stay * 128, shared_memory)
 
 
@@ -65,7 +65,7 @@ def bucket_blocks(dim: int, itemsize: int, shared_memory: int, kernel: str) -> B
     if width <= 64:  # small programs hide each other's waiting
         options = [Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)]
     elif kernel == "loss":
-        options = [Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
+        options = [Blocks(128, 64, 8, 1), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     elif width > 256:  # the sum [stay, width] must fit in registers
         options = [Blocks(32, 32, 8, 2), Blocks(32, 16, 8, 1)]
     elif kernel == "input":
@@ -127,7 +127,9 @@ def top_rows(
         return rows
     if num_rows == 0:
         return rows.fill_(-1)
-    capacity = min(num_rows, max(MIN_CAPACITY, SPARE * k))
+    blocks = score_blocks(table.size(1), directions.dtype.itemsize, shared_memory(table.device))
+    # of each block of the sample there is one score or more
+    capacity = min(num_rows, max(MIN_CAPACITY, SPARE * k, triton.cdiv(num_rows, SPACING * blocks.stay)))
     step = max(1, min(len(directions), BUFFER_ELEMENTS // capacity))
     keys = torch.empty(step, capacity, dtype=torch.int64, device=table.device)
     bound = count = None
@@ -137,7 +139,7 @@ def top_rows(
         counters = triton.cdiv(step, MAX_STREAM) * MAX_STREAM, selection_kernels.COUNTER.value
         count = torch.full(counters, 2**30, dtype=torch.int32, device=table.device)
     for chunk, out in zip(directions.contiguous().split(step), rows.split(step), strict=True):
-        select_rows(chunk, table, target, k, padding_idx, keys, bound, count, out)
+        select_rows(chunk, table, target, k, padding_idx, blocks, keys, bound, count, out)
     return rows.sort(dim=1).values
 
 
@@ -147,6 +149,7 @@ def select_rows(
     target: torch.Tensor | None,
     k: int,
     padding_idx: int | None,
+    blocks: Blocks,
     keys: torch.Tensor,
     bound: torch.Tensor | None,
     count: torch.Tensor | None,
@@ -157,7 +160,6 @@ def select_rows(
     num_rows, capacity = len(table), keys.size(1)
     dtype = directions.dtype
     matrix = matrix_options(directions, table, dtype)
-    blocks = score_blocks(table.size(1), dtype.itemsize, shared_memory(table.device))
     common = {
         "direction_ptr": directions,
         "table_ptr": table,
@@ -172,7 +174,7 @@ def select_rows(
         **{name: matrix[name] for name in ("D", "BD", "DTYPE")},
     }
 
-    def score(mode: str, programs: int, group: int = 1, samples: int = 0, spacing: int = 1, **options: Any) -> None:
+    def score(mode: str, programs: int, group: int = 1, **options: Any) -> None:
         # a small table is scored by several programs a block, each for some directions
         parts = triton.cdiv(4 * num_processors(table.device), programs)
         each = triton.cdiv(triton.cdiv(len(directions), parts), blocks.stream) * blocks.stream
@@ -182,8 +184,8 @@ def select_rows(
             count_ptr=count,
             num_directions=len(directions),
             directions_each=each,
-            num_samples=samples,
-            spacing=spacing,
+            num_samples=triton.cdiv(num_rows, SPACING),
+            spacing=SPACING,
             BM=blocks.stay,
             BN=blocks.stream,
             GROUP=group,
@@ -199,22 +201,23 @@ def select_rows(
     if bound is None:
         score("all", triton.cdiv(num_rows, blocks.stay))
     else:
-        spacing, programs, group = sampling(num_rows, capacity, blocks.stay)
+        programs, group = sampling(num_rows, capacity, blocks.stay)
         rank = keys.view(torch.int32)
-        score("sample", programs, group, triton.cdiv(num_rows, spacing), spacing, key_ptr=rank)
+        score("sample", programs, group, key_ptr=rank)
         selection_kernels.bound_kernel[(len(directions),)](
             rank_ptr=rank,
             bound_ptr=bound,
             count_ptr=count,
             count=programs * (blocks.stay // group),
             capacity=capacity,
-            k=k,
+            place=place_of_bound(k),
             BLOCK=block,
             num_warps=max(1, block // 512),
         )
         score("reach", triton.cdiv(num_rows, blocks.stay))
     selection_kernels.select_kernel[(len(directions),)](
         **common,
+        bound_ptr=bound,
         count_ptr=count,
         out_ptr=out,
         k=k,
@@ -224,16 +227,18 @@ def select_rows(
     )
 
 
-def sampling(num_rows: int, capacity: int, block: int) -> tuple[int, int, int]:
-    """Spacing of the sampled rows, blocks of them, and rows of a block that share a key, so that all keys have room."""
-    spacing = SPACING
-    while triton.cdiv(triton.cdiv(num_rows, spacing), block) > capacity:
-        spacing *= 2
-    programs = triton.cdiv(triton.cdiv(num_rows, spacing), block)
+def sampling(num_rows: int, capacity: int, block: int) -> tuple[int, int]:
+    """Blocks of sampled rows, and rows of a block that share a score, so that all scores have room."""
+    programs = triton.cdiv(triton.cdiv(num_rows, SPACING), block)
     group = 1
     while programs * (block // group) > capacity:
         group *= 2
-    return spacing, programs, group
+    return programs, group
+
+
+def place_of_bound(k: int) -> int:
+    """How many sampled rows should reach a bound that k of all rows must: k / SPACING, and DEVIATIONS of them more."""
+    return math.ceil(((DEVIATIONS + math.sqrt(DEVIATIONS**2 + 4 * k / SPACING)) / 2) ** 2)
 
 
 @top_rows.register_fake

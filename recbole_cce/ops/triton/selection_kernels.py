@@ -3,10 +3,11 @@
 A row's key for a direction holds its score and, below it, its number: keys differ, of equal scores the lowest row's is
 the larger. So there is one answer, whatever the order in which keys are collected:
 
-1. Score a sample of the rows and keep the largest score of each group of them. The k-th largest of these is a bound: at
-   least k rows reach it.
-2. Score all rows, and collect the keys of those that reach the bound of their direction: a few times k.
-3. Select k of them. A direction for which there were more than its share of memory holds scans the table alone.
+1. Score a sample of the rows and keep the largest score of each group of them. One of these is a bound, so far down
+   that almost surely at least k rows reach it.
+2. Score all rows, and collect the keys of those that reach the bound of their direction: one to three times k.
+3. Select k of them. A direction for which there were fewer, or more than its share of memory holds, scans the table
+   alone.
 """
 
 import triton
@@ -65,8 +66,10 @@ def claim(b_s, b_bound, b_r, o_b, count_ptr, ASSEMBLY: tl.constexpr):
             setp.geu.f32 p, $1, $2;
             setp.ge.and.s32 p, $3, 0, p;
             mov.b32 $0, -1;
-            @p mad.wide.u32 at, $4, 32, $5;
-            @p atom.relaxed.gpu.global.add.u32 $0, [at], 1;
+            @!p bra done;
+            mad.wide.u32 at, $4, 32, $5;
+            atom.relaxed.gpu.global.add.u32 $0, [at], 1;
+            done:
             }""",
             "=&r,f,f,r,r,l",
             [b_s, b_bound, b_r, o_b, count_ptr],
@@ -221,10 +224,10 @@ def kth_key(key_ptr, count, k, BLOCK: tl.constexpr, BITS: tl.constexpr = 64):
 
 
 @triton.jit
-def bound_kernel(rank_ptr, bound_ptr, count_ptr, count, capacity, k, BLOCK: tl.constexpr):
-    """One program: the bound of a direction, a score, from the ranks of its sample; nothing is collected yet."""
+def bound_kernel(rank_ptr, bound_ptr, count_ptr, count, capacity, place, BLOCK: tl.constexpr):
+    """One program: the bound of a direction, which `place` of its sampled ranks reach; nothing is collected yet."""
     i_b = tl.program_id(0)
-    rank = kth_key(rank_ptr + i_b.to(tl.int64) * capacity, count, k, BLOCK, 32)
+    rank = kth_key(rank_ptr + i_b.to(tl.int64) * capacity, count, place, BLOCK, 32)
     rank = tl.maximum(rank, -2139095041)  # of minus infinity; ranks below are of no number
     bits = rank ^ ((rank >> 31) & 0x7FFFFFFF)
     tl.store(bound_ptr + i_b, bits.to(tl.float32, bitcast=True))
@@ -271,6 +274,7 @@ def select_kernel(
     direction_ptr,
     table_ptr,
     y_ptr,
+    bound_ptr,
     count_ptr,
     key_ptr,
     out_ptr,
@@ -297,7 +301,9 @@ def select_kernel(
     count = num_rows
     if count_ptr is not None:
         count = tl.load(count_ptr + i_b * COUNTER)
-        if count > capacity:
+        # minus infinity lets all rows through, were they fewer than k
+        too_few = (count < k) & (tl.load(bound_ptr + i_b) > -float("inf"))
+        if too_few | (count > capacity):
             count = scan(
                 p_key, direction_ptr + i_b * D, table_ptr, y_ptr, num_rows, padding_idx, capacity, k, stride_tn,
                 stride_td, stride_y, D, BD, BR, BLOCK, DTYPE,

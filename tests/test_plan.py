@@ -128,7 +128,7 @@ def test_counts_are_what_was_measured_on_a_gpu(loss, n, items, dim, mib):
             live.gradient = weight.shape
             value.backward()
     gradients = 2 * dim * (n + items + 1)
-    assert (live.at_peak.total() - gradients) / 2**20 == pytest.approx(mib, rel=0.02)
+    assert (CUBLAS + live.at_peak.total() - gradients) / 2**20 == pytest.approx(mib, rel=0.002)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)

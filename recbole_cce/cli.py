@@ -1,9 +1,10 @@
-"""The command line: RecBole's flags, checked; `compare`, `recommend`, `export`, `doctor`."""
+"""The command line: RecBole's flags, checked; `compare`, `recommend`, `export`, `plan`, `doctor`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import platform
 import shlex
 import sys
@@ -18,7 +19,7 @@ import torch
 from recbole.config import Config
 
 import recbole_cce
-from recbole_cce import checkpoints, checks, compare, compat, ops, quick_start, recommend, registry, settings
+from recbole_cce import checkpoints, checks, compare, compat, ops, plan, quick_start, recommend, registry, settings
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   %(prog)s compare --models=SASRec,GRU4Rec,SASRecCCE --vary=num_negatives:64,512 --output=study
   %(prog)s recommend --checkpoint=saved/FILE.pth --k=50 --exclude-seen --output=top.csv
   %(prog)s export --checkpoint=saved/FILE.pth --output=items
+  %(prog)s plan --items=1700000 --length=320 --hidden=256 --gpu-memory=24
   %(prog)s doctor                                         versions, GPU, active repairs of RecBole
 
 Every other key of RecBole's configuration is a flag too, as --key=value. Flags win over configuration files.
@@ -134,6 +136,45 @@ def compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def plan_parser() -> argparse.ArgumentParser:
+    """Flags of `plan`."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} plan",
+        description="Predict the peak GPU memory of a training step with each loss, and propose batch size and "
+        "negatives that fill a GPU.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--items", type=positive, required=True, help="items of the catalogue")
+    parser.add_argument("--length", type=positive, required=True, help="positions of a row: MAX_ITEM_LIST_LENGTH")
+    parser.add_argument("--hidden", type=positive, required=True, help="hidden_size")
+    parser.add_argument("--gpu-memory", type=positive_real, required=True, metavar="GIB", help="memory of the GPU, GiB")
+    parser.add_argument("--batch-size", type=positive, help="rows of a step (default: proposed)")
+    parser.add_argument("--negatives", type=positive, help="num_negatives (default: proposed)")
+    parser.add_argument("--layers", type=positive, default=2, help="n_layers (default: %(default)s)")
+    parser.add_argument("--heads", type=positive, default=2, help="n_heads (default: %(default)s)")
+    parser.add_argument("--inner", type=positive, default=256, help="inner_size (default: %(default)s)")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An integer >= 1 of the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; it takes an integer >= 1")
+    return int(text)
+
+
+def positive_real(text: str) -> float:
+    """A finite number > 0 of the command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; it takes a number > 0")
+    return number
+
+
 def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser of a command that uses a trained model."""
     parser = argparse.ArgumentParser(
@@ -148,6 +189,7 @@ COMMANDS = {
     "compare": (compare_parser, compare.compare),
     "recommend": (recommend_parser, recommend.recommend),
     "export": (export_parser, recommend.export),
+    "plan": (plan_parser, plan.plan),
 }
 
 

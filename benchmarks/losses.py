@@ -437,13 +437,23 @@ def figure(rows: list[dict[str, Any]], axis: str, output: Path) -> None:
     figure.savefig(output / f"losses-{axis}.png", dpi=130)
 
 
-def run(names: list[str], shapes: list[Shape], found: dict, seconds: float) -> list[dict[str, Any]]:
-    """Measure each implementation at each shape it is for and print as it goes; one over the whole catalogue once for
-    all K, and none that was slow at a smaller shape of the same N and D."""
-    rows, whole, slow = [], {}, {}
+def meant(name: str, shape: Shape) -> bool:
+    """Whether an implementation has what it needs at a shape: buckets, or, unless it takes all items, negatives."""
+    if name in SCE:
+        return shape.buckets is not None
+    return shape.k > 0 or (name in WHOLE and shape.buckets is None)
+
+
+def run(
+    names: list[str], shapes: list[Shape], found: dict, seconds: float, rows: list[dict[str, Any]], output: Path
+) -> None:
+    """Measure each implementation at each shape it is for; print and write as it goes, in case there is no time for the
+    next. One over the whole catalogue runs once for all K, and none that was slow at a smaller shape of the same N and
+    D."""
+    whole, slow = {}, {}
     for shape in shapes:
         for name in names:
-            if shape.buckets is None if name in SCE else shape.buckets is not None and shape.k == 0:
+            if not meant(name, shape):
                 continue
             key = name, replace(shape, k=0)
             smaller = slow.get((name, shape.n, shape.d))
@@ -463,7 +473,15 @@ def run(names: list[str], shapes: list[Shape], found: dict, seconds: float) -> l
             )
             print(shape, "|", name, "|", {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()})
             sys.stdout.flush()
-    return rows
+            write(rows, output)
+
+
+def write(rows: list[dict[str, Any]], output: Path) -> None:
+    """The rows as CSV."""
+    with open(output / "losses.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -483,16 +501,13 @@ def main() -> None:
     if unknown:
         parser.error(f"--only: {unknown[0]!r} is not valid; it takes {'; '.join(found)}")
     shapes = [SHAPES[name] for name in SETS.get(args.shapes, args.shapes).split(",") if name]
-    rows = run(names, shapes, found, args.seconds)
+    rows: list[dict[str, Any]] = []
+    run(names, shapes, found, args.seconds, rows, args.output)
     for axis in args.sweep:
-        swept = run([name for name in names if "deterministic" not in name], SWEEPS[axis], found, args.seconds)
-        figure(swept, axis, args.output)
-        rows += swept
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(args.output / "losses.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        first = len(rows)
+        swept = [name for name in names if "deterministic" not in name]
+        run(swept, SWEEPS[axis], found, args.seconds, rows, args.output)
+        figure(rows[first:], axis, args.output)
     for row in rows:
         if "covered" in row:
             loss_ms = row["forward_ms"] - row["selection_ms"]

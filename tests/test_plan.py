@@ -184,20 +184,24 @@ def test_buffers_of_cce_and_cce_minus_are_what_their_kernels_return():
     assert BUFFERS["CCE-"](n, 64, shape).kept == pytest.approx(sampled, rel=0.01)
 
 
-def test_buffers_of_sce_are_what_its_kernel_returns():
+@pytest.mark.parametrize("items", [3000, 100_000])
+def test_buffers_of_sce_are_what_its_kernel_returns(items):
+    """The table is copied where buckets take as many rows as it has."""
     pytest.importorskip("triton")
     from recbole_cce.ops.triton import scalable_cross_entropy
 
-    n, shape = 4096, Shape(items=3000, length=8, hidden=64)
+    n, shape = 4096, Shape(items=items, length=8, hidden=64)
     with FakeTensorMode():
-        hidden, weight, target = torch.empty(n, 64), torch.empty(3001, 64), torch.empty(n, dtype=torch.int64)
+        hidden, weight, target = torch.empty(n, 64), torch.empty(items + 1, 64), torch.empty(n, dtype=torch.int64)
+        copy = weight.bfloat16() if items == 3000 else weight
         directions = torch.empty(int(2 * n**0.5), 64, dtype=torch.bfloat16)
         positions = scalable_cross_entropy.top_rows(directions, hidden, target, int(2 * n**0.5), 0)
-        items = scalable_cross_entropy.top_rows(directions, weight, None, 256, 0)
+        chosen = scalable_cross_entropy.top_rows(directions, weight, None, 256, 0)
         loss, _, own, best, peak = scalable_cross_entropy.forward(
-            hidden, weight, target, positions, items, 0, torch.bfloat16
+            hidden, weight, copy, target, positions, chosen, 0, torch.bfloat16
         )
-        kept = sum(tensor.nbytes for tensor in (positions, items, loss, own, best, peak, target))
+        kept = sum(tensor.nbytes for tensor in (positions, chosen, loss, own, best, peak, target))
+        kept += copy.nbytes if copy is not weight else 0
     assert BUFFERS["SCE"](n, 64, shape).kept == kept
     assert BUFFERS["SCE"](n, 64, shape).backward == positions.nbytes
 

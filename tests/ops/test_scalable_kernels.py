@@ -278,8 +278,8 @@ CONSTANTS = {
 @pytest.mark.parametrize(
     "name",
     [
-        "score", "bound", "select", "own_logit", "bucket_loss", "largest_loss", "winner", "bucket_input_gradient",
-        "bucket_weight_gradient", "target_gradient",
+        "score", "bound", "select", "own_logit", "bucket_loss", "largest_loss", "uncovered", "winner",
+        "bucket_input_gradient", "bucket_weight_gradient", "target_gradient",
     ],
 )  # fmt: skip
 def test_kernels_compile(name, capability):
@@ -292,10 +292,11 @@ def test_kernels_compile(name, capability):
         assert compiled(kernel, capability, constants, POINTERS).asm["cubin"]
 
 
+@pytest.mark.parametrize("table", ["*bf16", "*fp32"], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("hidden", ["*bf16", "*fp32"], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("dim", [64, 256, 512])
 @pytest.mark.parametrize(("capability", "shared_memory"), [(80, 166912), (90, 232448)], ids=["sm_80", "sm_90"])
-def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden):
+def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden, table):
     """As they are launched under autocast, whose layer norm leaves hidden states in fp32: what the compiler takes."""
     need_triton(3, 3)
     import triton
@@ -303,7 +304,8 @@ def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden):
     from recbole_cce.ops.triton import bucket_kernels, selection_kernels
     from recbole_cce.ops.triton import scalable_cross_entropy as kernels
 
-    types = POINTERS | {"h_ptr": hidden, "grad_h_ptr": hidden}
+    types = POINTERS | {"h_ptr": hidden, "grad_h_ptr": hidden, "w_ptr": table, "table_ptr": table}
+    itemsize = 2 if table == "*bf16" else 4
     constants = {
         **CONSTANTS, "D": dim, "BD": dim, "DTYPE": triton.language.bfloat16, "stride_hd": 1, "stride_wd": 1,
         "stride_td": 1, "stride_y": 1, "unit_ptr": None, "first_bucket": 0,
@@ -313,7 +315,7 @@ def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden):
         (score, {"MODE": mode, "y_ptr": None}, kernels.score_blocks(dim, 2, shared_memory))
         for mode in ("sample", "reach", "all")
     ] + [
-        (getattr(bucket_kernels, f"{name}_kernel"), {}, kernels.bucket_blocks(dim, 2, shared_memory, kind))
+        (getattr(bucket_kernels, f"{name}_kernel"), {}, kernels.bucket_blocks(dim, 2, itemsize, shared_memory, kind))
         for kind, name in (
             ("loss", "bucket_loss"),
             ("input", "bucket_input_gradient"),

@@ -142,6 +142,14 @@ def largest_loss_kernel(best_ptr, loss_ptr, covered_ptr, n, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def uncovered_kernel(best_ptr, grad_h_ptr, n, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
+    """One program: no gradient for those of BM positions that no bucket held; other rows are written elsewhere."""
+    o_n = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_n = (o_n < n) & (tl.load(best_ptr + o_n, mask=o_n < n, other=1) == 0)
+    store_rows(grad_h_ptr, o_n, tl.zeros([BM, BD], tl.float32), m_n, tl.arange(0, BD), D)
+
+
+@triton.jit
 def winner_kernel(
     position_ptr, best_ptr, peak_ptr, winner_ptr, winner_peak_ptr, count_ptr, size_x, BLOCK: tl.constexpr
 ):

@@ -27,14 +27,12 @@ MAX_STREAM = 128  # directions that a program scores at a time, at most
 
 @dataclass(frozen=True)
 class Blocks:
-    """Shape of a program: rows of the side that stays, rows of the other side at a time; most registers of a thread,
-    where that lets another program onto the processor."""
+    """Shape of a program: rows of the side that stays, rows of the other side at a time."""
 
     stay: int
     stream: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 def score_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
@@ -48,22 +46,25 @@ def score_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
     width = padded(dim)
     if itemsize == 4:
         return exact_blocks(width, shared_memory)
-    options = [Blocks(64, 64, 4, 2), Blocks(32, 32, 4, 1)]
+    options = [Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     return first_that_fits(options, lambda b: (b.stay + b.stages * b.stream) * width * 2 + b.stay * 128, shared_memory)
 
 
-def bucket_blocks(dim: int, itemsize: int, shared_memory: int, kernel: str) -> Blocks:
+def bucket_blocks(dim: int, itemsize: int, item_itemsize: int, shared_memory: int, kernel: str) -> Blocks:
     """The first blocks that fit in shared memory.
 
     Args:
         dim, itemsize, shared_memory: as for score_blocks().
-        kernel: "loss" or "input": positions stay, items stream past them, gathered in fp32. "weight": the reverse.
+        item_itemsize: bytes of a number of the table that items are gathered from.
+        kernel: "loss" or "input": positions stay, items stream past them. "weight": the reverse.
     """
     width = padded(dim)
     if itemsize == 4:
         return exact_blocks(width, shared_memory)
     if width <= 64:  # small programs hide each other's waiting
         options = [Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)]
+    elif kernel == "loss" and item_itemsize == 2:
+        options = [Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     elif kernel == "loss":
         options = [Blocks(128, 64, 8, 1), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     elif width > 256:  # the sum [stay, width] must fit in registers
@@ -71,11 +72,12 @@ def bucket_blocks(dim: int, itemsize: int, shared_memory: int, kernel: str) -> B
     elif kernel == "input":
         options = [Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     else:
-        options = [Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
+        options = [Blocks(32, 32, 4, 3), Blocks(32, 32, 4, 1)]
 
     def memory(b: Blocks) -> int:
-        # what streams waits in fp32 and in 16 bits; probabilities
-        used = b.stay * width * 2 + b.stream * width * (2 + 4 * (b.stages > 1)) + b.stay * b.stream * 2
+        # what streams waits in 16 bits, and before in fp32; probabilities
+        waiting = 2 + 4 * (b.stages > 1) if item_itemsize == 4 or kernel == "weight" else 2 * b.stages
+        used = b.stay * width * 2 + b.stream * width * waiting + b.stay * b.stream * 2
         # the gradient of the table goes through memory on its way out, when nothing else is there
         return max(used, b.stay * width * 4) if kernel == "weight" else used
 
@@ -103,13 +105,18 @@ def scalable_cross_entropy(
     padding_idx: int | None,
     rounding: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] losses, zero where not covered, and [N] bool covered; see ops.scalable_cross_entropy."""
+    """[N] losses, zero where not covered, and [N] bool covered; see ops.scalable_cross_entropy.
+
+    A table that is rounded as it is read is so once where buckets take as many rows as there are.
+    """
     dtype = rounding or torch.promote_types(input.dtype, weight.dtype)
     hidden, table = input.detach(), weight.detach()
+    if len(directions) * bucket_size_y >= len(table):
+        table = table.to(dtype)
     directions = directions.to(dtype)
     positions = top_rows(directions, hidden, target if padding_idx is not None else None, bucket_size_x, padding_idx)
     items = top_rows(directions, table, None, bucket_size_y, padding_idx)
-    return bucket_cross_entropy(input, weight, target, positions, items, padding_idx, rounding)
+    return bucket_cross_entropy(input, weight, target, positions, items, padding_idx, rounding, table)
 
 
 @torch.library.custom_op("recbole_cce::top_rows", mutates_args=())
@@ -194,7 +201,6 @@ def select_rows(
             ASSEMBLY=table.is_cuda,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
-            maxnreg=blocks.registers,
         )
 
     block = min(2**12, triton.next_power_of_2(capacity))
@@ -256,6 +262,7 @@ def bucket_cross_entropy(
     items: torch.Tensor,
     padding_idx: int | None,
     rounding: torch.dtype | None,
+    table: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest loss of each position over the buckets that hold it.
 
@@ -263,18 +270,21 @@ def bucket_cross_entropy(
         input, weight, target: [N, D], [V+1, D], [N].
         positions: [B, X] int32, each at most once in a bucket and none whose target is padding_idx; -1 is none.
         items: [B, Y] int32; -1 is none.
+        table: `weight`, or its numbers rounded already, to read rows from.
 
     Returns:
         loss [N], 0 at positions in no bucket, and covered [N] bool.
     """
     dtype = rounding or torch.promote_types(input.dtype, weight.dtype)
-    return forward(input, weight, target, positions, items, padding_idx, dtype)[:2]
+    table = weight.detach() if table is None else table
+    return forward(input, weight, table, target, positions, items, padding_idx, dtype)[:2]
 
 
 @torch.library.custom_op("recbole_cce::bucket_cross_entropy", mutates_args=())
 def forward(
     input: torch.Tensor,
     weight: torch.Tensor,
+    table: torch.Tensor,
     target: torch.Tensor,
     positions: torch.Tensor,
     items: torch.Tensor,
@@ -289,7 +299,7 @@ def forward(
     peak = torch.empty(peak_shape(positions, dtype), dtype=torch.float32, device=input.device)
     if n == 0:
         return loss, covered, own, best, peak
-    common = common_options(input, weight, target, dtype)
+    common = common_options(input, table, target, dtype)
     bucket_kernels.own_logit_kernel[(triton.cdiv(n, 16),)](
         **common,
         own_ptr=own,
@@ -299,7 +309,7 @@ def forward(
         BM=16,
         num_warps=4,
     )
-    blocks = bucket_blocks(input.size(1), dtype.itemsize, shared_memory(input.device), "loss")
+    blocks = bucket_blocks(input.size(1), dtype.itemsize, table.dtype.itemsize, shared_memory(input.device), "loss")
     blocks_per_bucket = triton.cdiv(positions.size(1), blocks.stay)
     if positions.numel() > 0:
         bucket_kernels.bucket_loss_kernel[(len(positions) * blocks_per_bucket,)](
@@ -328,6 +338,7 @@ def forward(
 def _(
     input: torch.Tensor,
     weight: torch.Tensor,
+    table: torch.Tensor,
     target: torch.Tensor,
     positions: torch.Tensor,
     items: torch.Tensor,
@@ -349,6 +360,7 @@ def gradients(
     grad: torch.Tensor,
     input: torch.Tensor,
     weight: torch.Tensor,
+    table: torch.Tensor,
     target: torch.Tensor,
     positions: torch.Tensor,
     items: torch.Tensor,
@@ -361,11 +373,11 @@ def gradients(
     weight_needed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """d loss / d input [N, D] and d loss / d weight [V+1, D], given `grad` [N] = d loss / d loss_i, or [0]."""
-    grad_input = torch.zeros(input.shape if input_needed else 0, dtype=input.dtype, device=input.device)
+    grad_input = torch.empty(input.shape if input_needed else 0, dtype=input.dtype, device=input.device)
     # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
     grad_weight = torch.zeros(weight.shape if weight_needed else 0, dtype=torch.float32, device=weight.device)
     if positions.numel() == 0:
-        return grad_input, grad_weight.to(weight.dtype)
+        return grad_input.zero_(), grad_weight.to(weight.dtype)
     winners, winner_peak = torch.empty_like(positions), torch.empty_like(peak)
     with_peak = peak.numel() > 0
     count = torch.empty(len(positions), dtype=torch.int32, device=input.device)
@@ -380,7 +392,7 @@ def gradients(
         BLOCK=min(1024, padded(positions.size(1))),
     )
     common = {
-        **common_options(input, weight, target, dtype),
+        **common_options(input, table, target, dtype),
         "grad_ptr": grad,
         "stride_grad": grad.stride(0),
         "item_ptr": items,
@@ -394,7 +406,11 @@ def gradients(
         "PRECISION": precision(),
     }
     if input_needed:
-        blocks = bucket_blocks(input.size(1), dtype.itemsize, shared_memory(input.device), "input")
+        dim = input.size(1)
+        bucket_kernels.uncovered_kernel[(triton.cdiv(len(input), 16),)](
+            best_ptr=best, grad_h_ptr=grad_input, n=len(input), D=dim, BD=padded(dim), BM=16, num_warps=4
+        )
+        blocks = bucket_blocks(dim, dtype.itemsize, table.dtype.itemsize, shared_memory(input.device), "input")
         blocks_per_bucket = triton.cdiv(positions.size(1), blocks.stay)
         bucket_kernels.bucket_input_gradient_kernel[(len(positions) * blocks_per_bucket,)](
             **common,
@@ -422,7 +438,8 @@ def add_weight_gradient(
     """Add what all winners give to the rows of their buckets' items and of their targets."""
     dim = grad_weight.size(1)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    blocks = bucket_blocks(dim, dtype.itemsize, shared_memory(grad_weight.device), "weight")
+    item_itemsize = common["w_ptr"].dtype.itemsize
+    blocks = bucket_blocks(dim, dtype.itemsize, item_itemsize, shared_memory(grad_weight.device), "weight")
     blocks_per_bucket = triton.cdiv(items.size(1), blocks.stay)
     # in a fixed order: shares of some buckets at a time, which index_put_ sorts by their rows
     step = max(1, BUFFER_ELEMENTS // (items.size(1) * dim)) if deterministic else len(items)
@@ -460,6 +477,7 @@ def _(
     grad: torch.Tensor,
     input: torch.Tensor,
     weight: torch.Tensor,
+    table: torch.Tensor,
     target: torch.Tensor,
     positions: torch.Tensor,
     items: torch.Tensor,
@@ -487,20 +505,20 @@ def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     """The gradients of input and weight that are needed."""
     input_needed, weight_needed = ctx.needs_input_grad[:2]
     grad_input, grad_weight = gradients(grad, *ctx.saved_tensors, ctx.dtype, input_needed, weight_needed)
-    return grad_input if input_needed else None, grad_weight if weight_needed else None, *[None] * 5
+    return grad_input if input_needed else None, grad_weight if weight_needed else None, *[None] * 6
 
 
 forward.register_autograd(backward, setup_context=setup_context)
 
 
 def common_options(
-    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, dtype: torch.dtype
+    input: torch.Tensor, table: torch.Tensor, target: torch.Tensor, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Arguments that all kernels of buckets take."""
     return {
         "h_ptr": input,
-        "w_ptr": weight,
+        "w_ptr": table,
         "y_ptr": target,
         "stride_y": target.stride(0),
-        **matrix_options(input, weight, dtype),
+        **matrix_options(input, table, dtype),
     }

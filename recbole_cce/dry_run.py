@@ -111,8 +111,9 @@ def sampled_buffers(n: int, k: int, shape: Shape) -> Buffers:
 
 
 def bucket_buffers(n: int, k: int, shape: Shape) -> Buffers:
-    """SCE: keys of the selection, 64 MiB at most; the table in 16 bits, if buckets take as many rows; positions and items
-    of the buckets; loss, own logit, best bucket and target of each position; the positions that won in each bucket."""
+    """SCE: keys of the selection, 64 MiB at most; the table in 16 bits, if buckets take as many rows; the buckets'
+    positions and items; loss, own logit, best bucket and target of each position; the positions that won in each
+    bucket."""
     buckets, size_x, size_y = auto_size(n), min(auto_size(n), n), min(AUTO_BUCKET_SIZE_Y, shape.items)
     keys = min(8 * buckets * max(4096, 4 * size_x, 4 * size_y), 2**26)
     table = 2 * shape.hidden * (shape.items + 1) if buckets * size_y > shape.items else 0

@@ -100,6 +100,8 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):
             self.loss = self.step(self.batch)
+        # the capture sets the random seed on its stream; it must not come after the first replay's
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.gradients = [parameter.grad for parameter in self.model.parameters()]
 
 

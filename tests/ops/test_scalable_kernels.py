@@ -312,7 +312,7 @@ def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden, ta
     }  # fmt: skip
     score = selection_kernels.score_kernel
     launches = [
-        (score, {"MODE": mode, "y_ptr": None}, kernels.score_blocks(dim, 2, shared_memory))
+        (score, {"MODE": mode, "y_ptr": None}, kernels.score_blocks(dim, 2, itemsize, shared_memory))
         for mode in ("sample", "reach", "all")
     ] + [
         (getattr(bucket_kernels, f"{name}_kernel"), {}, kernels.bucket_blocks(dim, 2, itemsize, shared_memory, kind))
@@ -525,8 +525,9 @@ def test_captured_in_a_graph(mix_x, backend):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     h.grad = w.grad = None
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         loss, covered = step()
+    torch.cuda.current_stream().wait_stream(side)  # which the capture sets the random seed on
     found = []
     for seed in (1, 2):
         torch.cuda.manual_seed(seed)

@@ -35,18 +35,21 @@ class Blocks:
     stages: int
 
 
-def score_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
+def score_blocks(dim: int, itemsize: int, table_itemsize: int, shared_memory: int) -> Blocks:
     """Rows of a table that stay, directions that stream past them: the first blocks that fit in shared memory.
 
     Args:
         dim: D.
         itemsize: bytes of a number in the products, 2 or 4.
+        table_itemsize: bytes of a number of the table.
         shared_memory: bytes a program can have.
     """
     width = padded(dim)
     if itemsize == 4:
         return exact_blocks(width, shared_memory)
     options = [Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
+    if table_itemsize == 2 and width > 64:
+        options = [Blocks(128, 32, 8, 2), *options]
     return first_that_fits(options, lambda b: (b.stay + b.stages * b.stream) * width * 2 + b.stay * 128, shared_memory)
 
 
@@ -63,8 +66,6 @@ def bucket_blocks(dim: int, itemsize: int, item_itemsize: int, shared_memory: in
         return exact_blocks(width, shared_memory)
     if width <= 64:  # small programs hide each other's waiting
         options = [Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 2)]
-    elif kernel == "loss" and item_itemsize == 2:
-        options = [Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     elif kernel == "loss":
         options = [Blocks(128, 64, 8, 1), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     elif width > 256:  # the sum [stay, width] must fit in registers
@@ -73,6 +74,8 @@ def bucket_blocks(dim: int, itemsize: int, item_itemsize: int, shared_memory: in
         options = [Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
     else:
         options = [Blocks(32, 32, 4, 3), Blocks(32, 32, 4, 1)]
+        if item_itemsize == 2:
+            options = [Blocks(64, 32, 4, 3), *options]
 
     def memory(b: Blocks) -> int:
         # what streams waits in 16 bits, and before in fp32; probabilities
@@ -134,7 +137,8 @@ def top_rows(
         return rows
     if num_rows == 0:
         return rows.fill_(-1)
-    blocks = score_blocks(table.size(1), directions.dtype.itemsize, shared_memory(table.device))
+    itemsizes = directions.dtype.itemsize, table.dtype.itemsize
+    blocks = score_blocks(table.size(1), *itemsizes, shared_memory(table.device))
     # of each block of the sample there is one score or more
     capacity = min(num_rows, max(MIN_CAPACITY, SPARE * k, triton.cdiv(num_rows, SPACING * blocks.stay)))
     step = max(1, min(len(directions), BUFFER_ELEMENTS // capacity))

@@ -15,6 +15,10 @@ import torch
 import recbole_cce  # noqa: F401  repairs RecBole before any test imports it
 
 torch.set_num_threads(1)  # the tensors here are tiny: threads would only wait for each other
+if torch.cuda.is_available():
+    # torch asks once how many GPUs there are: not after a test that hides them, as gpu_id="" does
+    torch.cuda.init()
+    torch.cuda.device_count()
 
 
 def pytest_collection_modifyitems(items):

@@ -420,7 +420,7 @@ def figure(rows: list[dict[str, Any]], axis: str, output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for name in dict.fromkeys(row["name"] for row in rows):
         points = [row for row in rows if row["name"] == name and "total_ms" in row]
         failed = [row for row in rows if row["name"] == name and "error" in row]
@@ -430,10 +430,9 @@ def figure(rows: list[dict[str, Any]], axis: str, output: Path) -> None:
     for ax, title in zip(axes, ("forward + backward, ms", "peak memory beyond inputs and gradients, MiB"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel={"k": "negatives K", "v": "items V"}[axis], title=title)
         ax.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     fixed = {"k": "V", "v": "K"}[axis]
     figure.suptitle(f"N = {rows[0]['n']}, D = {rows[0]['d']}, {fixed} = {rows[0][fixed.lower()]}, {rows[0]['gpu']}")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(output / f"losses-{axis}.png", dpi=130)
 
 

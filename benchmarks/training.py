@@ -23,6 +23,7 @@ import argparse
 import csv
 import gc
 import logging
+import os
 import statistics
 import sys
 import time
@@ -171,7 +172,7 @@ class Data:
             "train_neg_sample_args": None,
             "show_progress": False,
             "state": "ERROR",
-            "gpu_id": "0",
+            "gpu_id": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),  # which RecBole would overwrite
         }
         return Config(model, "synthetic", config_dict={**common, **settings})
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def measured(setting: Setting) -> int:
             "loss_type": setting.loss_type,
             "num_negatives": setting.negatives,
             "train_batch_size": setting.rows,
-            "gpu_id": "0",
+            "gpu_id": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),  # which RecBole would overwrite
             "state": "ERROR",
         },
     )

@@ -21,6 +21,8 @@ from recbole_cce.data import TARGET_COUNT, Places
 from recbole_cce.layers import Packing, encode, fuse_gelu, pack, packs
 from recbole_cce.losses import LOSSES
 
+TRAINED_SHARE = 0.9  # of the positions; a loss then passes over the others sooner than a copy without them is made
+
 
 class EfficientSASRec(SASRec):
     """RecBole's SASRec with its head replaced: same parameters, same scores, other loss.
@@ -47,33 +49,28 @@ class EfficientSASRec(SASRec):
         self.other_parameter_name = ["catalogue"]
 
     def hidden_states(
-        self, item_seq: torch.Tensor, lengths: torch.Tensor, row: torch.Tensor, position: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [N, D] at N positions, and the item table [V+1, D] for a loss over them.
+        self, item_seq: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | Packing, torch.Tensor]:
+        """Hidden states [P, D] of all positions, how they lie, and the item table [V+1, D] for a loss over them.
 
         Args:
             item_seq: [B, L] items, padded with 0 on the right.
             lengths: [B] how many there are in each row.
-            row, position: [N] each, places in `item_seq`.
         """
         rows, width = item_seq.shape
         if packs(self.attention, self.places and self.places.positions, rows * width):
             # without places it waits for the device
             where = pack(lengths, width, self.places.positions if self.places else int(lengths.sum()))
             items = F.pad(item_seq.flatten(), (0, 1))[where.index]
-            index = (where.starts[row] + position).clamp(max=len(items) - 1)  # a row of padding has no place
         else:
             where, items = item_seq != 0, item_seq
-            index = row * width + position
         if self.training and torch.is_grad_enabled():
             vectors, table = Lookup.apply(self.item_embedding.weight, items)
         else:
             vectors, table = self.item_embedding(items), self.item_embedding.weight
         if isinstance(where, Packing):  # not compiled: torch 2.6 then gets the gradient wrong
             vectors = vectors + self.position_embedding(where.position)
-        hidden = self._encoded(vectors, where)
-        # the gradient of index_select needs no sorting, that of hidden[index] does
-        return hidden.view(-1, hidden.size(-1)).index_select(0, index), table
+        return self._encoded(vectors, where).flatten(0, -2), where, table
 
     def _encoded(self, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
         if not (self.compiled and self.training and torch.is_grad_enabled()):
@@ -85,21 +82,24 @@ class EfficientSASRec(SASRec):
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """[B, L] items and [B] lengths -> [B, D] hidden states of the last positions."""
-        return self.hidden_states(item_seq, item_seq_len, *last_positions(item_seq_len))[0]
+        hidden, where, _ = self.hidden_states(item_seq, item_seq_len)
+        return rows_at(hidden, where, *last_positions(item_seq_len))
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The loss of `loss_type`, averaged over the targets of the batch."""
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         target = interaction[self.POS_ITEM_ID]
+        hidden, where, table = self.hidden_states(item_seq, lengths)
         if self.train_targets == "last":
-            row, position = last_positions(lengths)
-        else:
-            count = interaction[TARGET_COUNT]
-            # without places it waits for the device
-            places = self.places.targets if self.places else int(count.sum())
-            row, position, target = next_items(item_seq, lengths, target, count, places)
-        hidden, table = self.hidden_states(item_seq, lengths, row, position)
-        return self.loss(hidden, target, table)
+            return self.loss(rows_at(hidden, where, *last_positions(lengths)), target, table)
+        count = interaction[TARGET_COUNT]
+        # without places it waits for the device
+        places = self.places.targets if self.places else int(count.sum())
+        row, position, target = next_items(item_seq, lengths, target, count, places)
+        if places < TRAINED_SHARE * len(hidden):
+            return self.loss(rows_at(hidden, where, row, position), target, table)
+        every = target.new_zeros(len(hidden)).index_add_(0, places_of(where, row, position), target)
+        return self.loss(hidden, every, table)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, with a clear error when the weights belong to another catalogue or size.
@@ -181,6 +181,21 @@ def encoded(model: SASRec, vectors: torch.Tensor, where: torch.Tensor | Packing)
 def compiled_encoded() -> Callable[[SASRec, torch.Tensor, torch.Tensor | Packing], torch.Tensor]:
     """encoded() of torch.compile: a function, so that modules and state dicts stay what they are."""
     return torch.compile(encoded)
+
+
+def places_of(where: torch.Tensor | Packing, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """[N] the places among all that hidden_states() gives of N positions, by row and position in it."""
+    if isinstance(where, Packing):
+        return (where.starts[row] + position).clamp(max=len(where.index) - 1)  # a row of padding has no place
+    return row * where.size(1) + position
+
+
+def rows_at(
+    hidden: torch.Tensor, where: torch.Tensor | Packing, row: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """[N, D] hidden states of N positions, by row and position in it, from all of them [P, D]."""
+    # the gradient of index_select needs no sorting, that of hidden[index] does
+    return hidden.index_select(0, places_of(where, row, position))
 
 
 def last_positions(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -127,8 +127,8 @@ class CEMinus(SampledLoss):
 class SCE(Loss):
     """Scalable cross-entropy over random-projection buckets (arXiv 2409.18721): ops.scalable_cross_entropy.
 
-    `auto` counts the rows it is given, which is known without waiting for the device: the model passes rows with a
-    target only, or, in a step of fixed size, places for as many as a batch can have.
+    `auto` counts the rows it is given, which is known without waiting for the device: the model passes few rows without
+    a target, or, in a step of fixed size, places for as many as a batch can have.
     """
 
     def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:

@@ -256,7 +256,12 @@ class DryRun:
         self.shape = shape
         self.config = quick_start.configuration("SASRecCCE", "none", [], shape.settings)
         self.fake = FakeTensorMode()
-        self.model = SASRecCCE(self.config, catalogue(self.config, 1))._apply(self.fake.from_tensor)
+        self.model = SASRecCCE(self.config, catalogue(self.config, 1))
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(self.fake.from_tensor(parameter)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, self.fake.from_tensor(buffer))
         with self.fake:
             self.model.item_embedding = nn.Embedding(shape.items + 1, shape.hidden, padding_idx=0)
         for module in self.model.modules():

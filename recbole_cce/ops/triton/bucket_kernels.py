@@ -291,7 +291,8 @@ def bucket_weight_gradient_kernel(
     i_b = first_bucket + tl.program_id(0) // blocks_per_bucket
     o_y = tl.program_id(0) % blocks_per_bucket * BN + tl.arange(0, BN)
     count = tl.load(count_ptr + i_b)
-    if (count > 0) | (not ATOMIC):
+    LEAST: tl.constexpr = 1 if ATOMIC else 0  # without winners there is nothing to add, but zeros to store
+    if count >= LEAST:
         o_d = tl.arange(0, BD)
         b_item = load_items(item_ptr, i_b, o_y, size_y)
         b_w = load_rows(w_ptr, b_item, stride_wn, stride_wd, b_item >= 0, o_d, D, DTYPE)

@@ -27,7 +27,8 @@ def scale_kernel(
     """
     unit = tl.load(unit_ptr) if unit_ptr is not None else 1.0
     grad = tl.load(grad_ptr)
-    if (grad != unit) | (not UNIFORM):
+    OTHERS: tl.constexpr = 0 if UNIFORM else 1  # a number: the interpreter of Triton 3.2 knows no constant of one bit
+    if ((grad != unit).to(tl.int32) + OTHERS) > 0:
         o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         b_g = tl.load(grad_ptr + o // D * stride_grad, mask=o < numbers, other=0.0).to(tl.float32) / unit
         b_d = tl.load(direction_ptr + o, mask=o < numbers, other=0.0).to(tl.float32)

@@ -22,7 +22,6 @@ SPACING = 8  # one row in so many is in the sample
 DEVIATIONS = 5.0  # by which the sample may be wrong before a direction has to scan the table
 SPARE = 4  # keys that a direction has memory for, in units of what it selects
 MIN_CAPACITY = 4096
-MAX_STREAM = 128  # directions that a program scores at a time, at most
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def top_rows(
     if capacity < num_rows:
         bound = torch.empty(step, dtype=torch.float32, device=table.device)
         # of directions up to the end of a block, those beyond the last one full
-        counters = triton.cdiv(step, MAX_STREAM) * MAX_STREAM, selection_kernels.COUNTER.value
+        counters = triton.cdiv(step, blocks.stream) * blocks.stream, selection_kernels.COUNTER.value
         count = torch.full(counters, 2**30, dtype=torch.int32, device=table.device)
     for chunk, out in zip(directions.contiguous().split(step), rows.split(step), strict=True):
         select_rows(chunk, table, target, k, padding_idx, blocks, keys, bound, count, out)

@@ -1,5 +1,7 @@
 """The Transformer encoder of RecBole's SASRec on its own modules and parameters, with attention behind one function.
 
+encode() has RecBole's order of operations, encode_original() that of the authors of SASRec.
+
 Sequences are padded on the right and attention is causal, so a real position never looks at a padded one: no mask
 is needed. Outputs at real positions equal RecBole's; outputs at padded positions mean nothing. Packed, the real
 positions of all sequences stand one after another, and no layer sees another one.
@@ -12,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from recbole.model.layers import FeedForward, MultiHeadAttention, TransformerEncoder
+from torch import nn
 from torch.nn import functional as F
 
 try:
@@ -78,28 +81,70 @@ def encode(
         attention: "sdpa" (torch's fused attention) or "recbole" (its own layers and mask, not for packed ones).
 
     Returns:
-        Hidden states of the shape of `embedded`, meaningless where there is no real position. With attention dropout,
-        in fp32, on a CPU and before torch 2.10, the attention product of packed ones is taken on padded rows.
+        Hidden states of the shape of `embedded`, meaningless where there is no real position; under autocast in its
+        dtype, also between layers, with norms computed in fp32. With attention dropout, in fp32, on a CPU and before
+        torch 2.10, the attention product of packed ones is taken on padded rows.
     """
     if attention == "recbole":
         return encoder(embedded, causal_mask(where), output_all_encoded_layers=False)[-1]
     packing = where if isinstance(where, Packing) else None
     hidden = embedded
     for layer in encoder.layer:
-        hidden = feed_forward(layer.feed_forward, attend(layer.multi_head_attention, hidden, packing))
+        block = layer.multi_head_attention
+        hidden = add_and_norm(block.LayerNorm, block.out_dropout(attend(block, hidden, hidden, packing)), hidden)
+        hidden = feed_forward(layer.feed_forward, hidden)
     return hidden
 
 
-def attend(block: MultiHeadAttention, hidden: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-    """One attention block with residual and norm, on [B, L, D] or packed [P, D] hidden states."""
+def encode_original(
+    encoder: TransformerEncoder, norm: nn.LayerNorm, embedded: torch.Tensor, where: torch.Tensor | Packing
+) -> torch.Tensor:
+    """As encode(), in the order of the original SASRec (Kang & McAuley, ICDM 2018, and their code).
+
+    Queries and the residual are normalised, keys and values are not; dropout is in the feed-forward layers and after
+    them, not on what attention gives. It takes as many norms as RecBole's encoder and the one of its embeddings:
+
+        q = norm(x);  h = norm'(q + attention(q, x, x));  x = h + dropout(W2 act(dropout(W1 h)));  finally norm(x)
+
+    Args:
+        norm: the norm before the first layer, RecBole's of embeddings.
+    """
+    packing = where if isinstance(where, Packing) else None
+    states = embedded
+    for layer in encoder.layer:
+        block = layer.feed_forward
+        query = norm(states)
+        hidden = add_and_norm(
+            layer.multi_head_attention.LayerNorm, attend(layer.multi_head_attention, query, states, packing), query
+        )
+        inner = block.intermediate_act_fn(block.dropout(block.dense_1(hidden)))
+        states = hidden + block.dropout(block.dense_2(inner))
+        norm = block.LayerNorm
+    return norm(states).to(states.dtype)
+
+
+def add_and_norm(norm: nn.LayerNorm, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """norm(output + hidden) in the dtype of `output`.
+
+    Autocast has norms in fp32, and so would be all that lies between two layers, at twice the bytes.
+    """
+    return norm(output + hidden.to(output.dtype)).to(output.dtype)
+
+
+def attend(
+    block: MultiHeadAttention, hidden: torch.Tensor, memory: torch.Tensor, packing: Packing | None
+) -> torch.Tensor:
+    """Attention of `hidden` on `memory`, both [B, L, D] or packed [P, D], before dropout, residual and norm."""
     dropout = block.attn_dropout.p if block.training else 0.0
     heads = (block.num_attention_heads, -1)
     layers = (block.query, block.key, block.value)
-    if block.training:  # one product instead of three: fewer passes over hidden states and their gradient
+    if block.training and hidden is memory:
+        # one product instead of three: fewer passes over hidden states and their gradient
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         query, key, value = F.linear(hidden, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
     else:
-        query, key, value = (layer(hidden).unflatten(-1, heads) for layer in layers)
+        of = (hidden, memory, memory)
+        query, key, value = (layer(states).unflatten(-1, heads) for layer, states in zip(layers, of, strict=True))
     if packing is None:
         context = padded_attention(query, key, value, dropout)
     elif dropout == 0 and takes_variable_lengths(query):
@@ -110,8 +155,7 @@ def attend(block: MultiHeadAttention, hidden: torch.Tensor, packing: Packing | N
         context = padded_attention(*padded, dropout).flatten(0, 1)
         # a place without a position takes any
         context = context.index_select(0, packing.index.clamp(max=len(context) - 1))
-    context = context.flatten(-2)
-    return block.LayerNorm(block.out_dropout(block.dense(context)) + hidden)
+    return block.dense(context.flatten(-2))
 
 
 def padded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
@@ -136,7 +180,7 @@ def takes_variable_lengths(query: torch.Tensor) -> bool:
 def feed_forward(block: FeedForward, hidden: torch.Tensor) -> torch.Tensor:
     """RecBole's feed-forward block."""
     inner = block.intermediate_act_fn(block.dense_1(hidden))
-    return block.LayerNorm(block.dropout(block.dense_2(inner)) + hidden)
+    return add_and_norm(block.LayerNorm, block.dropout(block.dense_2(inner)), hidden)
 
 
 def fuse_gelu(encoder: TransformerEncoder) -> None:

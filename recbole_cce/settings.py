@@ -92,6 +92,10 @@ KEYS: dict[str, Key] = {
         "sdpa",
         *_one_of("auto", "sdpa", "packed", "recbole"),
     ),
+    "architecture": Key(
+        "recbole: RecBole's SASRec; original: that of its authors' code, with the same parameters",
+        *_one_of("recbole", "original"),
+    ),
     "amp_dtype": Key("autocast dtype of training; auto: bfloat16 on GPUs that have it", *_one_of(*DTYPES)),
     "cuda_graph": Key("launch a training step as one CUDA graph; auto: small ones", *_one_of("auto", True, False)),
     "compile_encoder": Key(
@@ -135,6 +139,11 @@ def validate(config: Mapping[str, Any]) -> None:
     for name, (valid, accepts) in (ours | RECBOLE_KEYS).items():
         if name in config and not accepts(config[name]):
             raise ValueError(f"{name}: {config[name]!r} is not valid; it takes {valid}")
+    if config.get("architecture") == "original" and config.get("attention") == "recbole":
+        raise ValueError(
+            "attention: 'recbole' is not valid with architecture: original, which RecBole's own layers do not have; it "
+            "takes auto, sdpa or packed"
+        )
     negatives = config.get("train_neg_sample_args")
     if negatives is not None and negatives != "None":
         raise ValueError(

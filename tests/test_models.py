@@ -87,6 +87,84 @@ def test_scores_are_those_of_recbole(pair, model, attention, length):
         torch.testing.assert_close(ours.predict(rows), stock.predict(rows), rtol=0, atol=1e-5)
 
 
+def original_sasrec(model, items, dropout):
+    """Hidden states [L, D] of the authors' model for one row without padding, with what `dropout` does to a tensor."""
+    heads, weights = model.n_heads, model.state_dict()
+
+    def linear(name, states):
+        return states @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(name, states):
+        centred = states - states.mean(-1, keepdim=True)
+        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + model.layer_norm_eps).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    length, width = len(items), weights["item_embedding.weight"].size(1)
+    states = weights["item_embedding.weight"][items] * width**0.5 + weights["position_embedding.weight"][:length]
+    states, name = dropout(states), "LayerNorm"
+    for number in range(model.n_layers):
+        block = f"trm_encoder.layer.{number}"
+        query = norm(name, states)
+        memory = (linear(f"{block}.multi_head_attention.{kind}", states) for kind in ("key", "value"))
+        parts = (linear(f"{block}.multi_head_attention.query", query), *memory)
+        query_of, key, value = (part.view(length, heads, -1).transpose(0, 1) for part in parts)
+        logits = query_of @ key.transpose(1, 2) / (width // heads) ** 0.5
+        hidden = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1) @ value
+        hidden = linear(f"{block}.multi_head_attention.dense", hidden.transpose(0, 1).reshape(length, width))
+        hidden = norm(f"{block}.multi_head_attention.LayerNorm", query + hidden)
+        inner = dropout(linear(f"{block}.feed_forward.dense_1", hidden)).relu()
+        states = hidden + dropout(linear(f"{block}.feed_forward.dense_2", inner))
+        name = f"{block}.feed_forward.LayerNorm"
+    return norm(name, states)
+
+
+class Threefold(torch.nn.Module):
+    """In the place of a dropout, to see where it is."""
+
+    def forward(self, states):
+        return 3 * states
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "packed"])
+@pytest.mark.parametrize("factor", [1, 3])
+def test_original_architecture(pair, attention, factor):
+    """Hidden states of every position, with each of the places of dropout, and their gradients."""
+    settings = {"architecture": "original", "attention": attention, "hidden_act": "relu", **NO_DROPOUT}
+    _, ours = pair(dtype=torch.double, MAX_ITEM_LIST_LENGTH=6, **settings)
+    if factor > 1:
+        ours.dropout = Threefold()
+        for layer in ours.trm_encoder.layer:
+            layer.feed_forward.dropout = Threefold()
+    rows = batch(ours.n_items, 6)
+    items, lengths = rows["item_id_list"], rows["item_length"]
+    hidden, where, _ = ours.hidden_states(items, lengths)
+    expected = []
+    for row, length in enumerate(lengths.tolist()):
+        expected.append(original_sasrec(ours, items[row, :length], lambda states: factor * states))
+        at = sasrec.rows_at(hidden, where, torch.full((length,), row), torch.arange(length))
+        torch.testing.assert_close(at, expected[-1])
+    (gradient,) = torch.autograd.grad(hidden.sum() * 0 + at.sin().sum(), ours.position_embedding.weight)
+    step = 1e-6 * torch.randn_like(gradient)
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -1):
+            ours.position_embedding.weight += sign * step
+            ends.append(original_sasrec(ours, items[-1, : lengths[-1]], lambda states: factor * states).sin().sum())
+            ours.position_embedding.weight -= sign * step
+    torch.testing.assert_close((gradient * step).sum(), (ends[0] - ends[1]) / 2, rtol=1e-5, atol=0)
+
+
+def test_original_architecture_begins_with_xavier_weights(tiny_config, dataset):
+    made = SASRecCCE(configure("SASRecCCE", {**tiny_config, "architecture": "original"}), dataset)
+    for name, parameter in made.named_parameters():
+        if parameter.dim() > 1:
+            bound = (6 / sum(parameter.shape)) ** 0.5
+            assert 0.8 * bound < parameter.abs().max() <= bound, name
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.15), name
+        else:
+            assert (parameter == (1 if "LayerNorm.weight" in name else 0)).all(), name
+
+
 @pytest.mark.parametrize(("model", "loss_type", "loss"), [("SASRecCCE", "CCE-", CCEMinus), ("SASRecSCE", "SCE", SCE)])
 def test_default_losses(tiny_config, dataset, model, loss_type, loss):
     config = configure(model, tiny_config)
@@ -234,14 +312,17 @@ COMPILERS = [
 
 
 @pytest.mark.parametrize("backend", COMPILERS)
-@pytest.mark.parametrize("attention", ["sdpa", "packed"])
+@pytest.mark.parametrize(
+    ("attention", "architecture"), [("sdpa", "recbole"), ("packed", "recbole"), ("packed", "original")]
+)
 @pytest.mark.parametrize("train_targets", ["all", "last"])
-def test_compiled_steps_are_equal_and_compiled_once(pair, monkeypatch, backend, attention, train_targets):
+def test_compiled_steps_are_equal_and_compiled_once(pair, monkeypatch, backend, attention, architecture, train_targets):
     """Loss and gradients of batches of other sizes, the smaller last one among them; one compilation for all."""
     compiler = CompileCounterWithBackend(backend)
     monkeypatch.setattr(sasrec, "compiled_encoded", lambda: torch.compile(sasrec.encoded, backend=compiler))
     torch._dynamo.reset()
-    _, ours = pair(loss_type="CCE", attention=attention, train_targets=train_targets, **NO_DROPOUT)
+    settings = {"attention": attention, "architecture": architecture, "train_targets": train_targets, **NO_DROPOUT}
+    _, ours = pair(loss_type="CCE", **settings)
     names = list(ours.state_dict())
     whole = batch(ours.n_items, 8)
     for rows in (whole, whole[3:], whole[[0, 5]], whole[:6]):

@@ -39,6 +39,7 @@ KEYS = {
     "train_targets": (["all", "last"], ["every", None, True], "all, last"),
     "cache_data": ([True, False, "cache"], [1, 0, "", None, ["cache"]], "True, False or a folder"),
     "attention": (["auto", "sdpa", "packed", "recbole"], ["flash", None, True], "auto, sdpa, packed, recbole"),
+    "architecture": (["recbole", "original"], ["sasrec", None, True], "recbole, original"),
     "adam_betas": (
         [[0.9, 0.98], [0, 0.5]],
         [0.9, [0.9], [0.9, 0.98, 0.99], [0.9, 1.0], [-0.1, 0.9], ["a", "b"], "auto", None, True],
@@ -89,6 +90,11 @@ def test_wrong_values(tiny_config, key):
         assert "is not valid; it takes " in str(error.value)
         assert valid in str(error.value)
         assert isinstance(value, str) or f"{key}: {value!r} " in str(error.value)
+
+
+def test_the_original_architecture_has_no_layers_of_recbole(tiny_config):
+    with pytest.raises(ValueError, match=r"attention: 'recbole' is not valid with architecture: original.* packed$"):
+        Config("SASRecCCE", "tiny", config_dict={**tiny_config, "architecture": "original", "attention": "recbole"})
 
 
 def test_recboles_own_negatives_are_refused(tiny_config):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.data import TARGET_COUNT, Places
-from recbole_cce.layers import Packing, encode, fuse_gelu, pack, packs
+from recbole_cce.layers import Packing, encode, encode_original, fuse_gelu, pack, packs
 from recbole_cce.losses import LOSSES
 
 TRAINED_SHARE = 0.9  # of the positions; a loss then passes over the others sooner than a copy without them is made
@@ -28,6 +28,8 @@ class EfficientSASRec(SASRec):
     """RecBole's SASRec with its head replaced: same parameters, same scores, other loss.
 
     Each position of a row predicts the next item; with `train_targets: last` only the last one does, as in RecBole.
+    `architecture: original` has the same parameters in the order of the authors' code: item vectors are multiplied by
+    sqrt(D), keys and values are not normalised, dropout is in other places, matrices begin with Xavier's weights.
     """
 
     # RecBole would derive it from loss_type, and knows only CE and BPR
@@ -41,6 +43,11 @@ class EfficientSASRec(SASRec):
         self.loss_type = config["loss_type"]
         self.train_targets = config["train_targets"]
         self.attention = config["attention"]
+        self.architecture = config["architecture"]
+        if self.architecture == "original":
+            for parameter in self.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
         # for the positions and targets of the next batch, set by the trainer, who knows them on the host
         self.places: Places | None = None
         self.compiled = False  # set by the trainer: whether training steps encode with torch.compile
@@ -68,6 +75,8 @@ class EfficientSASRec(SASRec):
             vectors, table = Lookup.apply(self.item_embedding.weight, items)
         else:
             vectors, table = self.item_embedding(items), self.item_embedding.weight
+        if self.architecture == "original":  # item vectors are then about as large as those of positions
+            vectors = vectors * self.hidden_size**0.5
         if isinstance(where, Packing):  # not compiled: torch 2.6 then gets the gradient wrong
             vectors = vectors + self.position_embedding(where.position)
         return self._encoded(vectors, where).flatten(0, -2), where, table
@@ -173,8 +182,9 @@ def encoded(model: SASRec, vectors: torch.Tensor, where: torch.Tensor | Packing)
     `where` as of layers.encode."""
     if not isinstance(where, Packing):
         vectors = vectors + model.position_embedding.weight[: vectors.size(1)]
-    embedded = model.dropout(model.LayerNorm(vectors))
-    return encode(model.trm_encoder, embedded, where, model.attention)
+    if model.architecture == "original":
+        return encode_original(model.trm_encoder, model.LayerNorm, model.dropout(vectors), where)
+    return encode(model.trm_encoder, model.dropout(model.LayerNorm(vectors)), where, model.attention)
 
 
 @functools.cache

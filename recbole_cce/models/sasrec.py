@@ -78,7 +78,8 @@ class EfficientSASRec(SASRec):
         if self.architecture == "original":  # item vectors are then about as large as those of positions
             vectors = vectors * self.hidden_size**0.5
         if isinstance(where, Packing):  # not compiled: torch 2.6 then gets the gradient wrong
-            vectors = vectors + self.position_embedding(where.position)
+            # as in rows_at(); few rows and many places would make the sort slow besides
+            vectors = vectors + self.position_embedding.weight.index_select(0, where.position)
         return self._encoded(vectors, where).flatten(0, -2), where, table
 
     def _encoded(self, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:

@@ -1,13 +1,13 @@
 """Time, memory and where the time goes of training steps: RecBole's SASRec and ours, on one GPU.
 
-    python -m benchmarks.training --output=DIR [--shapes=d64,d256,l320,v1600k,beauty] [--only="ours CCE-;RecBole"]
+    python -m benchmarks.training --output=DIR [--shapes=d256,beauty256] [--only="ours CCE-;RecBole"]
 
 Every row goes through the real data set, loader, model, loss and trainer: `_train_epoch` of the trainer that RecBole
 would take. The data set is synthetic and made in memory: each user's training history fills all but one position of a
 row, so that SASRecCCE trains one row a user at all of its positions; items are drawn uniformly and all of them occur.
-`beauty` has the 22,363 users, 12,101 items and lengths of the 5-core of Amazon Beauty. RecBole's own data set would
-write one copy of the history for each target, out of the question at these sizes: its SASRec gets the same rows, each
-with its one target, from a list in memory. That leaves the making of its batches out of its times.
+`beauty` and `beauty256` have the 22,363 users, 12,101 items and lengths of the 5-core of Amazon Beauty. RecBole's own
+data set would write one copy of the history for each target, out of the question at these sizes: its SASRec gets the
+same rows, each with its one target, from a list in memory. That leaves the making of its batches out of its times.
 
 A target is what a loss is computed for: one a row with RecBole, every position with ours. Time per epoch is that of all
 targets once: measured for ours, for RecBole's as many steps as its rows, one a target, make batches.
@@ -72,6 +72,7 @@ SHAPES = {
     "l320": Shape(173_511, 256, 320, 1024, steps=24),
     "v1600k": Shape(1_600_000, 128, 200, 1024, steps=24),
     "beauty": Shape(12_101, 64, 50, 2048, beauty=True),
+    "beauty256": Shape(12_101, 256, 50, 2048, beauty=True),
 }
 # users of the 5-core of Amazon Beauty with 2, 3, ... items in their training history; 50 stands for more, too
 BEAUTY = (

@@ -427,12 +427,14 @@ def figure(rows: list[dict[str, Any]], axis: str, output: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for name in dict.fromkeys(row["name"] for row in rows):
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        style = {"color": f"C{number}", "linestyle": "-" if name.startswith("ours") else ":"}
+        style["marker"] = "o" if number < 10 else "s"  # colours repeat
         points = [row for row in rows if row["name"] == name and "total_ms" in row]
         failed = [row for row in rows if row["name"] == name and "error" in row]
         label = f"{name}: {failed[0]['error'][:30]} from {failed[0][axis]:,}" if failed else name
         for ax, key in zip(axes, ("total_ms", "mib_beyond_gradients"), strict=True):
-            ax.plot([row[axis] for row in points], [max(row[key], 1e-2) for row in points], "o-", label=label)
+            ax.plot([row[axis] for row in points], [max(row[key], 1e-2) for row in points], **style, label=label)
     for ax, title in zip(axes, ("forward + backward, ms", "peak memory beyond inputs and gradients, MiB"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel={"k": "negatives K", "v": "items V"}[axis], title=title)
         ax.grid(alpha=0.3)

@@ -371,6 +371,8 @@ def figure(rows: list[dict[str, Any]], output: Path) -> None:
                 width = row.get("step_ms", 0.0) * row.get(part, 0.0)
                 ax.barh(place, width, left=left, color=f"C{color}", label=None if place else part)
                 left += width
+            if not left:  # a captured and compiled step has no parts
+                ax.barh(place, row.get("step_ms", 0.0), color="0.7")
             text = row["error"][:60] if "error" in row else f" {row['targets_per_s']:,.0f} targets/s"
             ax.text(max(left, row.get("step_ms", 0.0)), place, text, va="center", fontsize=7)
         ax.set(yticks=range(len(group)), yticklabels=[row["name"] for row in group], title=shape)

@@ -113,22 +113,23 @@ def encode_original(
     states = embedded
     for layer in encoder.layer:
         block = layer.feed_forward
-        query = norm(states)
+        query = norm(states.to(norm.weight.dtype))
         hidden = add_and_norm(
             layer.multi_head_attention.LayerNorm, attend(layer.multi_head_attention, query, states, packing), query
         )
         inner = block.intermediate_act_fn(block.dropout(block.dense_1(hidden)))
         states = hidden + block.dropout(block.dense_2(inner))
         norm = block.LayerNorm
-    return norm(states).to(states.dtype)
+    return norm(states.to(norm.weight.dtype)).to(states.dtype)
 
 
 def add_and_norm(norm: nn.LayerNorm, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """norm(output + hidden) in the dtype of `output`.
+    """norm(output + hidden), computed in the dtype of its weights and given in that of `output`.
 
-    Autocast has norms in fp32, and so would be all that lies between two layers, at twice the bytes.
+    Autocast leaves the result of norms in fp32, and so would be all that lies between two layers, at twice the bytes.
     """
-    return norm(output + hidden.to(output.dtype)).to(output.dtype)
+    residual = output + hidden.to(output.dtype)
+    return norm(residual.to(norm.weight.dtype)).to(output.dtype)
 
 
 def attend(

@@ -122,9 +122,11 @@ def test_attention_dropout_has_the_mean_and_variance_of_recbole(attention):
     """One layer's attention, without the norm after it, over many draws."""
     module, (embedded, valid) = encoder(attn_dropout_prob=0.3), batch(5)
     block = module.layer[0].multi_head_attention
-    block.LayerNorm = torch.nn.Identity()
+    no_norm = torch.nn.Identity()
+    no_norm.weight = block.LayerNorm.weight  # of the dtype to compute in
+    block.LayerNorm = no_norm
     after = module.layer[0].feed_forward  # made to pass on what it gets
-    after.LayerNorm = torch.nn.Identity()
+    after.LayerNorm = no_norm
     after.dense_2.requires_grad_(False)
     after.dense_2.weight.zero_(), after.dense_2.bias.zero_()
     module.layer = module.layer[:1]

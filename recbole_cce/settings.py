@@ -87,14 +87,14 @@ KEYS: dict[str, Key] = {
     "gbce_t": Key("gBCE: calibration t", *_real(0, 1)),
     "train_targets": Key("targets: every position, or the last as in RecBole", *_one_of("all", "last")),
     "cache_data": Key("binary copy of the data: in its folder, none, or in another folder", *_folder_or_flag()),
+    "architecture": Key(
+        "recbole: RecBole's SASRec; original: that of its authors' code, with the same parameters",
+        *_one_of("recbole", "original"),
+    ),
     "attention": Key(
         "attention; packed: no layer works on padding; auto: packed where at most half of a training batch is real, or "
         "sdpa",
         *_one_of("auto", "sdpa", "packed", "recbole"),
-    ),
-    "architecture": Key(
-        "recbole: RecBole's SASRec; original: that of its authors' code, with the same parameters",
-        *_one_of("recbole", "original"),
     ),
     "amp_dtype": Key("autocast dtype of training; auto: bfloat16 on GPUs that have it", *_one_of(*DTYPES)),
     "cuda_graph": Key("launch a training step as one CUDA graph; auto: small ones", *_one_of("auto", True, False)),

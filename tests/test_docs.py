@@ -196,6 +196,7 @@ def test_page_of_losses_has_every_loss_and_its_keys():
     assert re.findall(r"^\| `([A-Za-z-]+)` \|", page, re.MULTILINE) == list(losses.LOSSES)
     elsewhere = {
         "cache_data",
+        "architecture",
         "attention",
         "cuda_graph",
         "compile_encoder",

@@ -91,7 +91,7 @@ def compare(
         execute(waiting, len(trials), parallel, end, metric)
         crowded = [trial for trial in waiting if trial.result()["state"] == "out of memory" and not is_done(trial)]
         if crowded:  # what was missing may be what neighbours held
-            execute(crowded, len(trials), 1, end, metric)
+            execute(crowded, len(trials), len(gpu_ids(crowded)), end, metric)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
@@ -326,7 +326,10 @@ def is_done(trial: Trial) -> bool:
 
 
 def execute(trials: list[Trial], total: int, parallel: int, end: float, metric: str) -> None:
-    """Run the trials, `parallel` at a time, until the time `end`; those that are killed then stay unfinished."""
+    """Run the trials, `parallel` at a time and spread over the GPUs of `gpu_id`, until the time `end`; those that are
+    killed then stay unfinished."""
+    gpus = gpu_ids(trials)
+    share = math.ceil(parallel / len(gpus))  # runs of a GPU
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     stop_at = end - TEST_SECONDS
     waiting, running = list(trials), {}
@@ -335,10 +338,12 @@ def execute(trials: list[Trial], total: int, parallel: int, end: float, metric: 
         while waiting or running:
             while waiting and len(running) < parallel and time.time() < stop_at:
                 one = waiting.pop(0)
+                taken = [other.settings["gpu_id"] for other, _ in running.values()]
+                one = replace(one, settings={**one.settings, "gpu_id": min(gpus, key=taken.count)})
                 shutil.rmtree(one.folder, ignore_errors=True)
                 Path(one.folder).mkdir(parents=True)
-                one.save(asdict(one) | {"state": "unfinished", "parallel": parallel, "curve": []})
-                process = spawn.Process(target=run, args=(one, stop_at, parallel))
+                one.save(asdict(one) | {"state": "unfinished", "parallel": share, "curve": []})
+                process = spawn.Process(target=run, args=(one, stop_at, parallel, share))
                 with interrupts_held():
                     process.start()
                     running[process.sentinel] = one, process
@@ -356,6 +361,11 @@ def execute(trials: list[Trial], total: int, parallel: int, end: float, metric: 
         for _, process in running.values():
             process.kill()
             process.join()
+
+
+def gpu_ids(trials: list[Trial]) -> list[str]:
+    """The GPUs that RecBole's `gpu_id` names, of which a run gets one."""
+    return str(configuration(trials[0])["gpu_id"]).split(",") if trials else [""]
 
 
 @contextlib.contextmanager

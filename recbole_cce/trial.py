@@ -72,13 +72,14 @@ class TimeIsUp(Exception):
         self.state = state
 
 
-def run(trial: Trial, stop_at: float, parallel: int) -> None:
+def run(trial: Trial, stop_at: float, parallel: int, share: int) -> None:
     """The process of one run; what it prints goes to its log.
 
     Args:
         trial: the run.
         stop_at: time by which training should have ended; the state is then `stopped`.
         parallel: runs at a time, which share the CPU.
+        share: those of them that share its GPU.
     """
     if not multiprocessing.parent_process().is_alive():
         return  # the command was killed while this process imported torch, and may be there again
@@ -93,7 +94,7 @@ def run(trial: Trial, stop_at: float, parallel: int) -> None:
         importlib.import_module(module)
     if trial.model not in registry.MODELS:
         order_exactly()
-    train_and_test(Watch(trial, stop_at, parallel))
+    train_and_test(Watch(trial, stop_at, share))
 
 
 def train_and_test(watch: Watch) -> None:
@@ -144,7 +145,7 @@ def end_with_parent() -> None:
 class Watch:
     """Wraps the methods of one trainer, and keeps what it sees in `result`."""
 
-    def __init__(self, trial: Trial, stop_at: float, parallel: int) -> None:
+    def __init__(self, trial: Trial, stop_at: float, share: int) -> None:
         self.trial, self.stop_at = trial, stop_at
         self.begun = self.fit_begun = time.time()
         self.state = "finished"
@@ -155,7 +156,7 @@ class Watch:
         self.values: dict[str, np.ndarray] = {}  # of each row
         self.result = asdict(trial) | {
             "state": "unfinished",
-            "parallel": parallel,
+            "parallel": share,
             "curve": [],
             "versions": versions(),
         }

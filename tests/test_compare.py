@@ -281,6 +281,19 @@ def test_the_page_is_complete_and_loads_nothing(study):
     assert len(re.findall(r"SASRec(CCE)?, seed 202[01]: finished, test ndcg@10 0\.\d+, 3 epochs", printed)) >= 1
 
 
+def test_runs_are_spread_over_gpus(folder):
+    """Each has one GPU to itself, as there are as many of them as runs at a time."""
+    flags = ["--models=SASRecCCE", "--dataset=tiny", "--config_files=tiny.yaml", "--epochs=1", "--seeds=1,2,3"]
+    process = start(folder, SCRIPT, *flags, "--gpu_id=4,7", "--parallel=2", "--output=study")
+    assert process.wait() == 0, (folder / "printed.txt").read_text()
+    runs = results(folder).values()
+    assert [run["state"] for run in runs] == ["finished"] * 3
+    assert sorted(run["config"]["gpu_id"] for run in list(runs)[:2]) == ["4", "7"]
+    assert {run["config"]["gpu_id"] for run in runs} == {"4", "7"}
+    assert [run["parallel"] for run in runs] == [1, 1, 1]
+    assert "shared the device" not in (folder / "printed.txt").read_text()
+
+
 def test_out_of_memory_and_failures_are_rows(study):
     """Beside a finished run that is not repeated; what had no room beside another run is tried again alone."""
     folder = study["folder"]

@@ -10,9 +10,14 @@ import os
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
-KERNELS = ("linear_cross_entropy", "sampled_cross_entropy", "scalable_cross_entropy")  # ops that have Triton kernels
+# ops that have Triton kernels: columns whose sums still fit in the registers of a program
+MAX_DIM = {
+    "linear_cross_entropy": 512,
+    "packed_attention": 256,
+    "sampled_cross_entropy": 512,
+    "scalable_cross_entropy": 512,
+}
 MIN_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores
-MAX_DIM = 512  # columns whose sums still fit in the registers of a program
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +56,28 @@ def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtyp
         raise ValueError(f"backend: {backend!r} is not valid; it takes one of {', '.join(BACKENDS)}")
     if backend == "torch" or (backend == "auto" and interpreted()):
         return "torch"
-    reason = triton_unavailable(device) if op in KERNELS else "this version has no Triton kernel for it"
-    if reason is None and torch.float64 in dtypes:
-        reason = "they have no fp64"
-    if reason is None and interpreted() and torch.bfloat16 in dtypes:
-        reason = "Triton's interpreter multiplies no bf16"
-    if reason is None and dim > MAX_DIM:
-        reason = f"they take at most {MAX_DIM} columns, input has {dim}"
+    reason = kernel_unavailable(op, device, dtypes, dim)
     if reason is None:
         return "triton"
     if backend == "triton":
         raise RuntimeError(f"backend: 'triton' cannot run {op}: {reason}")
     log_fallback(op, reason)
     return "torch"
+
+
+@torch.compiler.assume_constant_result
+def kernel_unavailable(op: str, device: torch.device, dtypes: tuple[torch.dtype | None, ...], dim: int) -> str | None:
+    """Why the Triton kernels of an op cannot run, or None where they can."""
+    if op not in MAX_DIM:
+        return "this version has no Triton kernel for it"
+    reason = triton_unavailable(device)
+    if reason is None and torch.float64 in dtypes:
+        reason = "they have no fp64"
+    if reason is None and interpreted() and torch.bfloat16 in dtypes:
+        reason = "Triton's interpreter multiplies no bf16"
+    if reason is None and dim > MAX_DIM[op]:
+        reason = f"they take at most {MAX_DIM[op]} columns, input has {dim}"
+    return reason
 
 
 @functools.cache

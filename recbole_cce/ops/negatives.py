@@ -63,6 +63,25 @@ def new_seed(device: torch.device) -> torch.Tensor:
     return torch.randint(0, 2**62, (), device=device)
 
 
+def make_seed(seed: int | torch.Tensor | None, device: torch.device) -> int | torch.Tensor:
+    """A seed that was given, or a new one.
+
+    Raises:
+        ValueError: no integer of 64 bits and no such tensor on `device`.
+    """
+    if seed is None:
+        return new_seed(device)
+    if isinstance(seed, torch.Tensor):
+        if seed.shape != () or seed.dtype != torch.int64 or seed.device != device:
+            raise ValueError(
+                f"seed: a tensor of shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device} is not valid; it takes a "
+                f"0-d torch.int64 tensor on {device}"
+            )
+    elif not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: {seed!r} is not valid; it takes an integer of 64 bits or a 0-d int64 tensor")
+    return seed
+
+
 class Uniform(nn.Module):
     """q(item) = 1 / V."""
 

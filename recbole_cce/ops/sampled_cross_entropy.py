@@ -6,7 +6,7 @@ import torch
 
 from recbole_cce.ops import backend as backends
 from recbole_cce.ops import checks
-from recbole_cce.ops.negatives import SHARINGS, Popularity, Uniform, new_seed
+from recbole_cce.ops.negatives import SHARINGS, Popularity, Uniform, make_seed
 from recbole_cce.ops.reference import autocast_rounding
 from recbole_cce.ops.reference import sampled_cross_entropy as reference
 
@@ -94,19 +94,9 @@ def make_draws(
         raise ValueError(f"sampler: has counts of {len(sampler.table)} items, weight has {num_items}")
     if isinstance(sampler, Popularity) and sampler.table.device != weight.device:
         raise ValueError(f"sampler: is on {sampler.table.device}, weight on {weight.device}")
-    if seed is None:
-        seed = new_seed(input.device)
-    elif isinstance(seed, torch.Tensor):
-        if seed.shape != () or seed.dtype != torch.int64 or seed.device != input.device:
-            raise ValueError(
-                f"seed: a tensor of shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device} is not valid; it takes a "
-                f"0-d torch.int64 tensor on {input.device}"
-            )
-    elif not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: {seed!r} is not valid; it takes an integer of 64 bits or a 0-d int64 tensor")
     return reference.Draws(
         sampler=sampler,
-        seed=seed,
+        seed=make_seed(seed, input.device),
         num_negatives=num_negatives,
         sharing=sharing,
         logq_correction=logq_correction,

@@ -73,3 +73,14 @@ def published_scalable(hidden, weight, target, directions, size_x, size_y):
     loss = F.cross_entropy(logits, last, reduction="none")
     largest = loss.new_zeros(len(hidden)).scatter_reduce(0, positions.flatten(), loss, "amax", include_self=False)
     return largest[largest != 0].mean()
+
+
+def attention(query, key, value, lengths, keep=None, dropout_p=0.0):
+    """All weights of all places [P, P]; `keep` [H, P, P]: which ones dropout keeps."""
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(query.device)
+    mask = (row[:, None] == row) & torch.ones_like(row[:, None] == row).tril()
+    logits = torch.einsum("mhd,nhd->hmn", query, key) / math.sqrt(query.size(-1))
+    weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
+    if keep is not None:
+        weights = torch.where(keep, weights / (1 - dropout_p), 0)
+    return torch.einsum("hmn,nhd->mhd", weights, value)

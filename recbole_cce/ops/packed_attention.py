@@ -1,0 +1,92 @@
+"""Causal attention inside sequences that stand one after another, without padding."""
+
+from __future__ import annotations
+
+import torch
+
+from recbole_cce.ops import backend as backends
+from recbole_cce.ops import checks
+from recbole_cce.ops.negatives import make_seed
+from recbole_cce.ops.reference import packed_attention as reference
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    dropout_p: float = 0.0,
+    *,
+    seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Causal attention of each place on its own sequence, whatever the sequences' lengths.
+
+    out_ih = sum_{j = start_i..i} w_ij v_jh,  w_ij = keep_ij / (1 - p) softmax_j(<q_ih, k_jh> / sqrt(d))
+
+    A place's cost is that of the block of places that it is in: short sequences share one.
+
+    Args:
+        query: [P, H, d], any strides.
+        key: [P, H, d], likewise.
+        value: [P, H, d], likewise.
+        spans: [P, 2] int32, where each place's sequence starts and ends; see sequence_spans().
+        dropout_p: p, the probability of each weight to be dropped.
+        seed: integer or 0-d int64 tensor that fixes what is dropped; drawn from the device's generator if None.
+        backend: "auto", "triton" or "torch"; only "auto" may fall back to torch, and logs it once. The same seed drops
+            the same weights in each. On a GPU torch waits for it, the kernels do not.
+
+    Returns:
+        [P, H, d], contiguous.
+
+    Dtypes: fp64, fp32, bf16 or fp16, the same for all three, and so are the output and the gradients. Logits, softmax
+    and sums are fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, option, probability or seed; names the argument.
+        RuntimeError: backend="triton" where the kernel cannot run.
+    """
+    check_packed(query, key, value, spans, dropout_p)
+    seed = make_seed(seed, query.device) if dropout_p > 0 else None
+    chosen = backends.choose("packed_attention", backend, query.device, (query.dtype,), query.size(-1))
+    if chosen == "triton":
+        from recbole_cce.ops.triton import packed_attention as kernels  # triton may be missing elsewhere
+
+        return kernels.packed_attention(query, key, value, spans, dropout_p, seed)
+    return reference.packed_attention(query, key, value, spans, dropout_p, seed)
+
+
+def sequence_spans(bounds: torch.Tensor, places: int) -> torch.Tensor:
+    """[P, 2] int32: where the sequence of each of P places starts and ends. No wait for the device.
+
+    Args:
+        bounds: [S + 1] int32, where sequences start, the first at 0, and P; some may be empty.
+        places: P.
+    """
+    place = torch.arange(places, dtype=bounds.dtype, device=bounds.device)
+    end = torch.searchsorted(bounds, place, right=True)
+    return bounds[torch.stack([end - 1, end], 1)]
+
+
+def check_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, dropout_p: float
+) -> None:
+    """Shapes, dtypes, devices and the probability."""
+    if query.dim() != 3 or query.size(2) == 0:
+        raise ValueError(f"query: has shape {tuple(query.shape)}, it takes [P, H, d] with d >= 1")
+    if query.dtype not in checks.FLOATS:
+        raise ValueError(f"query: has dtype {query.dtype}, it takes one of {', '.join(map(str, checks.FLOATS))}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, query has {tuple(query.shape)}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name}: has dtype {tensor.dtype}, query has {query.dtype}")
+    if spans.shape != (len(query), 2):
+        raise ValueError(f"spans: has shape {tuple(spans.shape)}, it takes [P, 2], query has {len(query)} places")
+    if spans.dtype != torch.int32:
+        raise ValueError(f"spans: has dtype {spans.dtype}, it takes torch.int32")
+    for name, tensor in (("key", key), ("value", value), ("spans", spans)):
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: is on {tensor.device}, query on {query.device}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: {dropout_p!r} is not valid; it takes a number from 0 to 1")

@@ -17,6 +17,9 @@ from recbole.model.layers import FeedForward, MultiHeadAttention, TransformerEnc
 from torch import nn
 from torch.nn import functional as F
 
+from recbole_cce.ops import packed_attention, sequence_spans
+from recbole_cce.ops.backend import kernel_unavailable
+
 try:
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10
 except ImportError:
@@ -26,6 +29,7 @@ else:  # the option's name and form changed since
     CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
 
 PACKED_SHARE = 0.5  # attention: auto packs a training batch of which at most so much is real
+OWN_WIDTH = 64  # longer rows take torch's varlen_attn where it goes, which has a program for each, however short
 
 
 class Packing(NamedTuple):
@@ -38,6 +42,7 @@ class Packing(NamedTuple):
         position: [P] int64, each place's position in its row.
         starts: [B] int64, the first place of each row.
         bounds: [B + ceil(P / width) + 1] int32, where sequences start, and P.
+        spans: [P, 2] int32, where each place's sequence starts and ends.
         width: positions of a padded row.
     """
 
@@ -45,6 +50,7 @@ class Packing(NamedTuple):
     position: torch.Tensor
     starts: torch.Tensor
     bounds: torch.Tensor
+    spans: torch.Tensor
     width: int
 
 
@@ -59,14 +65,13 @@ def pack(lengths: torch.Tensor, width: int, places: int) -> Packing:
     """The Packing of rows with `lengths` [B] real positions, at most `width` each and `places` in all; no wait for the
     device, as it is the caller who knows how many there are."""
     ends = lengths.cumsum(0)
-    starts = ends - lengths
-    place = torch.arange(places, device=lengths.device)
-    row = torch.searchsorted(ends, place, right=True)
-    position = (place - torch.cat([starts, ends[-1:]])[row]) % width
-    index = (row * width + position).clamp(max=len(lengths) * width)
     left_over = torch.arange(1, 1 - (-places // width), device=lengths.device) * width
-    bounds = torch.cat([ends.new_zeros(1), ends, ends[-1] + left_over]).clamp(max=places)
-    return Packing(index, position, starts, bounds.int(), width)
+    bounds = torch.cat([ends.new_zeros(1), ends, ends[-1] + left_over]).clamp(max=places).int()
+    spans = sequence_spans(bounds, places)
+    place = torch.arange(places, device=lengths.device)
+    position = place - spans[:, 0]
+    index = (torch.searchsorted(ends, place, right=True) * width + position).clamp(max=len(lengths) * width)
+    return Packing(index, position, ends - lengths, bounds, spans, width)
 
 
 def encode(
@@ -82,8 +87,8 @@ def encode(
 
     Returns:
         Hidden states of the shape of `embedded`, meaningless where there is no real position; under autocast in its
-        dtype, also between layers, with norms computed in fp32. With attention dropout, in fp32, on a CPU and before
-        torch 2.10, the attention product of packed ones is taken on padded rows.
+        dtype, also between layers, with norms computed in fp32. Without a GPU and Triton the attention product of
+        packed ones is taken on padded rows.
     """
     if attention == "recbole":
         return encoder(embedded, causal_mask(where), output_all_encoded_layers=False)[-1]
@@ -148,7 +153,9 @@ def attend(
         query, key, value = (layer(states).unflatten(-1, heads) for layer, states in zip(layers, of, strict=True))
     if packing is None:
         context = padded_attention(query, key, value, dropout)
-    elif dropout == 0 and takes_variable_lengths(query):
+    elif takes_own(query, packing.width, dropout):
+        context = packed_attention(query, key, value, packing.spans, dropout)
+    elif takes_variable_lengths(query, dropout):
         bounds, width = packing.bounds, packing.width
         context = varlen_attn(query, key, value, bounds, bounds, width, width, **CAUSAL)
     else:
@@ -166,11 +173,20 @@ def padded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return context.transpose(1, 2)
 
 
-def takes_variable_lengths(query: torch.Tensor) -> bool:
+def takes_own(query: torch.Tensor, width: int, dropout: float) -> bool:
+    """Whether our kernels are to take [P, heads, D / heads]: for short rows, and for what torch's op does not take."""
+    size = query.size(-1)
+    if not query.is_cuda or kernel_unavailable("packed_attention", query.device, (query.dtype,), size) is not None:
+        return False
+    return width <= OWN_WIDTH or not takes_variable_lengths(query, dropout)
+
+
+def takes_variable_lengths(query: torch.Tensor, dropout: float) -> bool:
     """Whether torch's attention over sequences of their own lengths takes [P, heads, D / heads]."""
     size = query.size(-1)
     return (
         varlen_attn is not None
+        and dropout == 0
         and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and size % 8 == 0

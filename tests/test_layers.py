@@ -156,7 +156,9 @@ def test_packing(left_over):
     assert bounds[:6] == [0, 3, 3, 8, 9, 9] and bounds[-1] == 9 + left_over
     sizes = [end - start for start, end in itertools.pairwise(bounds)]
     assert min(sizes) == 0 and max(sizes) <= width
-    assert packing.bounds.dtype == torch.int32
+    assert packing.bounds.dtype == packing.spans.dtype == torch.int32
+    spans = [[start, end] for start, end in itertools.pairwise(bounds) for _ in range(start, end)]
+    assert packing.spans.tolist() == spans
 
 
 def by_sequence(query, key, value, bounds, bounds_k, longest, longest_k, **causal):
@@ -169,32 +171,44 @@ def by_sequence(query, key, value, bounds, bounds_k, longest, longest_k, **causa
     return torch.cat(contexts)
 
 
-@pytest.mark.skipif(layers.varlen_attn is None, reason="torch has no varlen_attn")
+needs_varlen = pytest.mark.skipif(layers.varlen_attn is None, reason="torch has no varlen_attn")
+OPS = {"own": "recbole_cce::packed_attention", "varlen": "torch_attn::_varlen_attn"}
+
+
 @pytest.mark.parametrize("left_over", [0, 20])
-def test_attention_over_sequences_of_their_own_lengths(left_over, monkeypatch):
-    """What is passed to torch's op, which runs on GPUs."""
-    monkeypatch.setattr(layers, "takes_variable_lengths", lambda query: True)
+@pytest.mark.parametrize("op", ["own", pytest.param("varlen", marks=needs_varlen)])
+def test_attention_over_sequences_of_their_own_lengths(op, left_over, monkeypatch):
+    """What is passed to the ops, which run on GPUs: ours in plain torch, torch's one sequence at a time."""
+    monkeypatch.setattr(layers, "takes_own", lambda *_: op == "own")
+    monkeypatch.setattr(layers, "takes_variable_lengths", lambda query, dropout: op == "varlen")
     monkeypatch.setattr(layers, "varlen_attn", by_sequence)
     module, (embedded, valid) = encoder(), batch(7)
     assert_same_as_recbole(module, embedded, valid, lambda *args: run(*args, "packed", left_over), 1e-9, 1e-11)
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(layers.varlen_attn is None, reason="torch has no varlen_attn")
 @pytest.mark.parametrize("left_over", [0, 20])
 @pytest.mark.parametrize("length", [1, 50, 200])
 @pytest.mark.parametrize("n_heads", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_packed_in_16_bits_errs_no_more_than_padded(dtype, n_heads, length, left_over):
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        *(("own", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *(pytest.param("varlen", dtype, marks=needs_varlen) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+)
+def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, monkeypatch):
     """Against fp64 on padded rows; outputs and gradients."""
+    monkeypatch.setattr(layers, "OWN_WIDTH", 200 if op == "own" else 0)
     module, (embedded, valid) = encoder(n_heads, width=64), batch(length, width=64)
     results = []
     for attention, low in (("sdpa", False), ("sdpa", True), ("packed", True)):
         leaf = embedded.cuda().to(torch.float32 if low else torch.float64).requires_grad_()
         copied = copy.deepcopy(module).to(leaf)
-        with torch.autocast("cuda", dtype=dtype, enabled=low), kernels() as used:
+        autocast = torch.autocast("cuda", dtype=dtype, enabled=low and dtype.itemsize == 2)
+        with autocast, kernels() as used:
             hidden = run(copied, leaf, valid.cuda(), attention, left_over if attention == "packed" else 0)[valid.cuda()]
-        assert (attention == "packed") == ("torch_attn::_varlen_attn" in used)
+        assert {name for name in OPS.values() if name in used} == ({OPS[op]} if attention == "packed" else set())
         hidden.sin().sum().backward()
         # the key's bias adds the same to all logits of a query: its gradient is all rounding
         gradients = [p.grad for name, p in copied.named_parameters() if not name.endswith("key.bias")]
@@ -205,15 +219,29 @@ def test_packed_in_16_bits_errs_no_more_than_padded(dtype, n_heads, length, left
 
 
 @pytest.mark.cuda
+@needs_varlen
+@pytest.mark.parametrize("length", [20, 100])
+def test_short_rows_take_our_kernels(length):
+    module, (embedded, valid) = encoder(width=64), batch(length, width=64)
+    with torch.autocast("cuda", dtype=torch.bfloat16), kernels() as used:
+        run(module.float().cuda(), embedded.float().cuda(), valid.cuda(), "packed")
+    assert {name for name in OPS.values() if name in used} == {OPS["own" if length == 20 else "varlen"]}
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("settings", [{"dtype": torch.float32}, {"dropout": 0.5}, {"width": 12}], ids=str)
-def test_packed_where_the_op_does_not_go(settings):
-    """In fp32, with dropout and with sizes of heads that are no multiple of 8 the product is padded, and runs."""
+@pytest.mark.parametrize("own", [True, False], ids=["own", "padded"])
+def test_packed_where_varlen_attn_does_not_go(own, settings, monkeypatch):
+    """With long rows in fp32, with dropout and with heads of no multiple of 8 our kernels run, or without them the
+    product is padded."""
+    if not own:
+        monkeypatch.setattr(layers, "takes_own", lambda *_: False)
     width, dropout = settings.get("width", 64), settings.get("dropout", 0.0)
-    module, (embedded, valid) = encoder(width=width, attn_dropout_prob=dropout), batch(20, width=width)
+    module, (embedded, valid) = encoder(width=width, attn_dropout_prob=dropout), batch(100, width=width)
     enabled = "dtype" not in settings
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=enabled), kernels() as used:
         hidden = run(module.float().cuda(), embedded.float().cuda(), valid.cuda(), "packed")[valid.cuda()]
-    assert "torch_attn::_varlen_attn" not in used and hidden.isfinite().all()
+    assert OPS["varlen"] not in used and (OPS["own"] in used) == own and hidden.isfinite().all()
 
 
 @pytest.mark.cuda

@@ -86,7 +86,7 @@ class EfficientSASRec(SASRec):
         if not (self.compiled and self.training and torch.is_grad_enabled()):
             return encoded(self, vectors, where)
         if self.places is None or not self.places.fixed:
-            for tensor in (vectors, *where[:4]) if isinstance(where, Packing) else (vectors, where):
+            for tensor in (vectors, *where[:5]) if isinstance(where, Packing) else (vectors, where):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled_encoded()(self, vectors, where)
 

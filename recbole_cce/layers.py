@@ -29,6 +29,7 @@ else:  # the option's name and form changed since
     CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
 
 PACKED_SHARE = 0.5  # attention: auto packs a training batch of which at most so much is real
+OWN_ATTENTION = False  # ops.packed_attention is for nobody's training before a GPU has run it
 OWN_WIDTH = 64  # longer rows take torch's varlen_attn where it goes, which has a program for each, however short
 
 
@@ -87,8 +88,8 @@ def encode(
 
     Returns:
         Hidden states of the shape of `embedded`, meaningless where there is no real position; under autocast in its
-        dtype, also between layers, with norms computed in fp32. Without a GPU and Triton the attention product of
-        packed ones is taken on padded rows.
+        dtype, also between layers, with norms computed in fp32. With attention dropout, in fp32, on a CPU and before
+        torch 2.10, the attention product of packed ones is taken on padded rows, unless OWN_ATTENTION.
     """
     if attention == "recbole":
         return encoder(embedded, causal_mask(where), output_all_encoded_layers=False)[-1]
@@ -175,8 +176,9 @@ def padded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 def takes_own(query: torch.Tensor, width: int, dropout: float) -> bool:
     """Whether our kernels are to take [P, heads, D / heads]: for short rows, and for what torch's op does not take."""
-    size = query.size(-1)
-    if not query.is_cuda or kernel_unavailable("packed_attention", query.device, (query.dtype,), size) is not None:
+    if not (OWN_ATTENTION and query.is_cuda):
+        return False
+    if kernel_unavailable("packed_attention", query.device, (query.dtype,), query.size(-1)) is not None:
         return False
     return width <= OWN_WIDTH or not takes_variable_lengths(query, dropout)
 

@@ -199,7 +199,8 @@ def test_attention_over_sequences_of_their_own_lengths(op, left_over, monkeypatc
 )
 def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, monkeypatch):
     """Against fp64 on padded rows; outputs and gradients."""
-    monkeypatch.setattr(layers, "OWN_WIDTH", 200 if op == "own" else 0)
+    monkeypatch.setattr(layers, "OWN_ATTENTION", op == "own")
+    monkeypatch.setattr(layers, "OWN_WIDTH", 200)
     module, (embedded, valid) = encoder(n_heads, width=64), batch(length, width=64)
     results = []
     for attention, low in (("sdpa", False), ("sdpa", True), ("packed", True)):
@@ -221,7 +222,8 @@ def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, 
 @pytest.mark.cuda
 @needs_varlen
 @pytest.mark.parametrize("length", [20, 100])
-def test_short_rows_take_our_kernels(length):
+def test_short_rows_take_our_kernels(length, monkeypatch):
+    monkeypatch.setattr(layers, "OWN_ATTENTION", True)
     module, (embedded, valid) = encoder(width=64), batch(length, width=64)
     with torch.autocast("cuda", dtype=torch.bfloat16), kernels() as used:
         run(module.float().cuda(), embedded.float().cuda(), valid.cuda(), "packed")
@@ -234,8 +236,7 @@ def test_short_rows_take_our_kernels(length):
 def test_packed_where_varlen_attn_does_not_go(own, settings, monkeypatch):
     """With long rows in fp32, with dropout and with heads of no multiple of 8 our kernels run, or without them the
     product is padded."""
-    if not own:
-        monkeypatch.setattr(layers, "takes_own", lambda *_: False)
+    monkeypatch.setattr(layers, "OWN_ATTENTION", own)
     width, dropout = settings.get("width", 64), settings.get("dropout", 0.0)
     module, (embedded, valid) = encoder(width=width, attn_dropout_prob=dropout), batch(100, width=width)
     enabled = "dtype" not in settings

@@ -82,16 +82,17 @@ def compare(
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{option}: {value} is not valid; it takes a number > 0")
     trials = plan(output, models, variant or [], vary or [], dataset, config_files, seeds, time_limit, flags or [])
-    metric = check_metric(metric, configuration(trials[0]))
+    config = configuration(trials[0])
+    metric, gpus = check_metric(metric, config), config["gpu_id"].split(",")
     waiting = [trial for trial in trials if not is_done(trial)]
     if waiting:
         check_data(configuration(waiting[0]))
     end = begun + (deadline or math.inf)
     try:
-        execute(waiting, len(trials), parallel, end, metric)
+        execute(waiting, len(trials), parallel, gpus, end, metric)
         crowded = [trial for trial in waiting if trial.result()["state"] == "out of memory" and not is_done(trial)]
         if crowded:  # what was missing may be what neighbours held
-            execute(crowded, len(trials), len(gpu_ids(crowded)), end, metric)
+            execute(crowded, len(trials), len(gpus), gpus, end, metric)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
@@ -325,10 +326,9 @@ def is_done(trial: Trial) -> bool:
     return result["state"] in ("finished", "cut") or (result["state"] == "out of memory" and result["parallel"] == 1)
 
 
-def execute(trials: list[Trial], total: int, parallel: int, end: float, metric: str) -> None:
-    """Run the trials, `parallel` at a time and spread over the GPUs of `gpu_id`, until the time `end`; those that are
-    killed then stay unfinished."""
-    gpus = gpu_ids(trials)
+def execute(trials: list[Trial], total: int, parallel: int, gpus: list[str], end: float, metric: str) -> None:
+    """Run the trials, `parallel` at a time and each on one of `gpus`, until the time `end`; those that are killed then
+    stay unfinished."""
     share = math.ceil(parallel / len(gpus))  # runs of a GPU
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     stop_at = end - TEST_SECONDS
@@ -361,11 +361,6 @@ def execute(trials: list[Trial], total: int, parallel: int, end: float, metric: 
         for _, process in running.values():
             process.kill()
             process.join()
-
-
-def gpu_ids(trials: list[Trial]) -> list[str]:
-    """The GPUs that RecBole's `gpu_id` names, of which a run gets one."""
-    return str(configuration(trials[0])["gpu_id"]).split(",") if trials else [""]
 
 
 @contextlib.contextmanager

@@ -118,11 +118,9 @@ def encode_original(
     packing = where if isinstance(where, Packing) else None
     states = embedded
     for layer in encoder.layer:
-        block = layer.feed_forward
+        attention, block = layer.multi_head_attention, layer.feed_forward
         query = norm(states.to(norm.weight.dtype))
-        hidden = add_and_norm(
-            layer.multi_head_attention.LayerNorm, attend(layer.multi_head_attention, query, states, packing), query
-        )
+        hidden = add_and_norm(attention.LayerNorm, attend(attention, query, states, packing), query)
         inner = block.intermediate_act_fn(block.dropout(block.dense_1(hidden)))
         states = hidden + block.dropout(block.dense_2(inner))
         norm = block.LayerNorm
@@ -157,13 +155,9 @@ def attend(
     elif takes_own(query, packing.width, dropout):
         context = packed_attention(query, key, value, packing.spans, dropout)
     elif takes_variable_lengths(query, dropout):
-        bounds, width = packing.bounds, packing.width
-        context = varlen_attn(query, key, value, bounds, bounds, width, width, **CAUSAL)
+        context = variable_length_attention(query, key, value, packing)
     else:
-        padded = (unpack(part, packing) for part in (query, key, value))
-        context = padded_attention(*padded, dropout).flatten(0, 1)
-        # a place without a position takes any
-        context = context.index_select(0, packing.index.clamp(max=len(context) - 1))
+        context = unpacked_attention(query, key, value, packing, dropout)
     return block.dense(context.flatten(-2))
 
 
@@ -172,6 +166,24 @@ def padded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
     return context.transpose(1, 2)
+
+
+def variable_length_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing
+) -> torch.Tensor:
+    """torch's causal attention over sequences of their own lengths, on packed [P, heads, D / heads]."""
+    bounds, width = packing.bounds, packing.width
+    return varlen_attn(query, key, value, bounds, bounds, width, width, **CAUSAL)
+
+
+def unpacked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, dropout: float
+) -> torch.Tensor:
+    """Causal attention on packed [P, heads, D / heads], taken on padded rows."""
+    padded = (unpack(part, packing) for part in (query, key, value))
+    context = padded_attention(*padded, dropout).flatten(0, 1)
+    # a place without a position takes any
+    return context.index_select(0, packing.index.clamp(max=len(context) - 1))
 
 
 def takes_own(query: torch.Tensor, width: int, dropout: float) -> bool:

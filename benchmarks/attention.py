@@ -10,7 +10,6 @@ one tensor [P, 3, H, d] and end with its gradient. The median of replays of a CU
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.csv_file import write_csv
 from benchmarks.training import BEAUTY
 from recbole_cce import layers
 from recbole_cce.ops import packed_attention
@@ -40,17 +40,14 @@ def own(mixed: torch.Tensor, packing: layers.Packing, dropout: float) -> torch.T
 
 def variable(mixed: torch.Tensor, packing: layers.Packing, dropout: float) -> torch.Tensor:
     """torch's attention over sequences of their own lengths."""
-    query, key, value = mixed.unbind(1)
-    if not layers.takes_variable_lengths(query, dropout):
+    if not layers.takes_variable_lengths(mixed[:, 0], dropout):
         raise ValueError("does not take it")
-    bounds = packing.bounds
-    return layers.varlen_attn(query, key, value, bounds, bounds, packing.width, packing.width, **layers.CAUSAL)
+    return layers.variable_length_attention(*mixed.unbind(1), packing)
 
 
 def padded(mixed: torch.Tensor, packing: layers.Packing, dropout: float) -> torch.Tensor:
     """torch's attention on padded rows."""
-    parts = (layers.unpack(part, packing) for part in mixed.unbind(1))
-    return layers.padded_attention(*parts, dropout).flatten(0, 1).index_select(0, packing.index)
+    return layers.unpacked_attention(*mixed.unbind(1), packing, dropout)
 
 
 def microseconds(attention: Attention, mixed: torch.Tensor, packing: layers.Packing, dropout: float) -> float | str:
@@ -108,10 +105,7 @@ def main() -> None:
         cells = [f"{cell:.0f}" if isinstance(cell, float) and cell > 1 else str(cell) for cell in row.values()]
         print("| " + " | ".join(cells[:7]) + " |", flush=True)
         done.append(row)
-        with open(output / "attention.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(done)
+        write_csv(done, output / "attention.csv")
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
 
 

@@ -19,7 +19,6 @@ that stands for a smaller one; what CUDA itself takes comes on top.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
 import math
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.csv_file import write_csv
 from benchmarks.losses import Problem, Shape, implementations
 from recbole_cce.ops.scalable_cross_entropy import AUTO_BUCKET_SIZE_Y, auto_size
 
@@ -252,11 +252,7 @@ def line(name: str, rows: list[dict[str, Any]]) -> str:
 
 def write(rows: list[dict[str, Any]], output: Path) -> None:
     """What is known, as CSV and as Markdown."""
-    with open(output / "capacity.csv", "w", newline="") as file:
-        columns = ["name", "axis", "largest", "gib", "seconds", "end", "gpu", "memory_gib", "torch"]
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, output / "capacity.csv")
     lines = [HEADER, *(line(name, rows) for name in dict.fromkeys(row["name"] for row in rows))]
     (output / "capacity.md").write_text("\n".join(lines) + "\n")
 

@@ -18,7 +18,6 @@ Random data: hidden states and vectors are normal with logits of standard deviat
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import statistics
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from benchmarks.csv_file import write_csv
 from recbole_cce import ops
 from recbole_cce.ops import negatives
 
@@ -481,15 +481,7 @@ def run(
             )
             print(shape, "|", name, "|", {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()})
             sys.stdout.flush()
-            write(rows, output)
-
-
-def write(rows: list[dict[str, Any]], output: Path) -> None:
-    """The rows as CSV."""
-    with open(output / "losses.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+            write_csv(rows, output / "losses.csv")
 
 
 def main() -> None:

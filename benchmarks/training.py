@@ -20,7 +20,6 @@ operation does. `table` is the gradients' accumulation, most of it the item tabl
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import logging
 import os
@@ -45,6 +44,7 @@ from recbole.utils import FeatureSource, FeatureType, get_model, get_trainer, in
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.csv_file import write_csv
 from recbole_cce.data import LeanSequentialDataset
 
 BYTES = 3.0e12  # measured on an H100 80GB HBM3: bytes a second of copies
@@ -385,10 +385,7 @@ def figure(rows: list[dict[str, Any]], output: Path) -> None:
 
 def write(rows: list[dict[str, Any]], output: Path) -> None:
     """The rows as CSV and as Markdown."""
-    with open(output / "training.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(field for row in rows for field in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, output / "training.csv")
     (output / "training.md").write_text(table(rows) + "\n")
 
 

@@ -17,7 +17,7 @@ from recbole.model.layers import FeedForward, MultiHeadAttention, TransformerEnc
 from torch import nn
 from torch.nn import functional as F
 
-from recbole_cce.ops import packed_attention, sequence_spans
+from recbole_cce.ops import packed_attention, sequences
 from recbole_cce.ops.backend import kernel_unavailable
 
 try:
@@ -29,8 +29,7 @@ else:  # the option's name and form changed since
     CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
 
 PACKED_SHARE = 0.5  # attention: auto packs a training batch of which at most so much is real
-OWN_ATTENTION = False  # ops.packed_attention is for nobody's training before a GPU has run it
-OWN_WIDTH = 64  # longer rows take torch's varlen_attn where it goes, which has a program for each, however short
+OWN_WIDTH = 64  # longer rows take torch's ops where they go, which are not made for short ones
 
 
 class Packing(NamedTuple):
@@ -68,10 +67,9 @@ def pack(lengths: torch.Tensor, width: int, places: int) -> Packing:
     ends = lengths.cumsum(0)
     left_over = torch.arange(1, 1 - (-places // width), device=lengths.device) * width
     bounds = torch.cat([ends.new_zeros(1), ends, ends[-1] + left_over]).clamp(max=places).int()
-    spans = sequence_spans(bounds, places)
-    place = torch.arange(places, device=lengths.device)
-    position = place - spans[:, 0]
-    index = (torch.searchsorted(ends, place, right=True) * width + position).clamp(max=len(lengths) * width)
+    row, spans = sequences(bounds, places)
+    position = torch.arange(places, device=lengths.device) - spans[:, 0]
+    index = (row * width + position).clamp(max=len(lengths) * width)
     return Packing(index, position, ends - lengths, bounds, spans, width)
 
 
@@ -88,8 +86,8 @@ def encode(
 
     Returns:
         Hidden states of the shape of `embedded`, meaningless where there is no real position; under autocast in its
-        dtype, also between layers, with norms computed in fp32. With attention dropout, in fp32, on a CPU and before
-        torch 2.10, the attention product of packed ones is taken on padded rows, unless OWN_ATTENTION.
+        dtype, also between layers, with norms computed in fp32. On a CPU, and in fp32 with rows longer than OWN_WIDTH,
+        the attention product of packed ones is taken on padded rows.
     """
     if attention == "recbole":
         return encoder(embedded, causal_mask(where), output_all_encoded_layers=False)[-1]
@@ -187,12 +185,13 @@ def unpacked_attention(
 
 
 def takes_own(query: torch.Tensor, width: int, dropout: float) -> bool:
-    """Whether our kernels are to take [P, heads, D / heads]: for short rows, and for what torch's op does not take."""
-    if not (OWN_ATTENTION and query.is_cuda):
+    """Whether our kernels are to take [P, heads, D / heads]: short rows, and in 16 bits what torch's op does not take.
+
+    In fp32 there are no tensor cores to them: padded rows are faster once they are long.
+    """
+    if not query.is_cuda or kernel_unavailable("packed_attention", query.device, (query.dtype,), query.size(-1)):
         return False
-    if kernel_unavailable("packed_attention", query.device, (query.dtype,), query.size(-1)) is not None:
-        return False
-    return width <= OWN_WIDTH or not takes_variable_lengths(query, dropout)
+    return width <= OWN_WIDTH or (query.dtype.itemsize == 2 and not takes_variable_lengths(query, dropout))
 
 
 def takes_variable_lengths(query: torch.Tensor, dropout: float) -> bool:

@@ -199,8 +199,7 @@ def test_attention_over_sequences_of_their_own_lengths(op, left_over, monkeypatc
 )
 def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, monkeypatch):
     """Against fp64 on padded rows; outputs and gradients."""
-    monkeypatch.setattr(layers, "OWN_ATTENTION", op == "own")
-    monkeypatch.setattr(layers, "OWN_WIDTH", 200)
+    monkeypatch.setattr(layers, "OWN_WIDTH", 200 if op == "own" else 0)
     module, (embedded, valid) = encoder(n_heads, width=64), batch(length, width=64)
     results = []
     for attention, low in (("sdpa", False), ("sdpa", True), ("packed", True)):
@@ -222,8 +221,7 @@ def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, 
 @pytest.mark.cuda
 @needs_varlen
 @pytest.mark.parametrize("length", [20, 100])
-def test_short_rows_take_our_kernels(length, monkeypatch):
-    monkeypatch.setattr(layers, "OWN_ATTENTION", True)
+def test_short_rows_take_our_kernels(length):
     module, (embedded, valid) = encoder(width=64), batch(length, width=64)
     with torch.autocast("cuda", dtype=torch.bfloat16), kernels() as used:
         run(module.float().cuda(), embedded.float().cuda(), valid.cuda(), "packed")
@@ -231,12 +229,14 @@ def test_short_rows_take_our_kernels(length, monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("settings", [{"dtype": torch.float32}, {"dropout": 0.5}, {"width": 12}], ids=str)
-@pytest.mark.parametrize("own", [True, False], ids=["own", "padded"])
-def test_packed_where_varlen_attn_does_not_go(own, settings, monkeypatch):
-    """With long rows in fp32, with dropout and with heads of no multiple of 8 our kernels run, or without them the
-    product is padded."""
-    monkeypatch.setattr(layers, "OWN_ATTENTION", own)
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [({"dropout": 0.5}, True), ({"width": 40}, True), ({"width": 12}, False), ({"dtype": torch.float32}, False)],
+    ids=str,
+)
+def test_packed_where_varlen_attn_does_not_go(settings, own):
+    """Long rows with dropout and with heads of no multiple of 8 take our kernels; those of less than 8 columns and fp32
+    are padded."""
     width, dropout = settings.get("width", 64), settings.get("dropout", 0.0)
     module, (embedded, valid) = encoder(width=width, attn_dropout_prob=dropout), batch(100, width=width)
     enabled = "dtype" not in settings

@@ -6,7 +6,7 @@ Needs torch, knows nothing of RecBole.
 from recbole_cce.ops.backend import triton_unavailable
 from recbole_cce.ops.linear_cross_entropy import linear_cross_entropy
 from recbole_cce.ops.negatives import Popularity, Uniform
-from recbole_cce.ops.packed_attention import packed_attention, sequence_spans
+from recbole_cce.ops.packed_attention import packed_attention, sequences
 from recbole_cce.ops.sampled_binary_cross_entropy import sampled_binary_cross_entropy
 from recbole_cce.ops.sampled_cross_entropy import sampled_cross_entropy
 from recbole_cce.ops.scalable_cross_entropy import scalable_cross_entropy
@@ -19,6 +19,6 @@ __all__ = [
     "sampled_binary_cross_entropy",
     "sampled_cross_entropy",
     "scalable_cross_entropy",
-    "sequence_spans",
+    "sequences",
     "triton_unavailable",
 ]

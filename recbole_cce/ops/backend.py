@@ -10,12 +10,12 @@ import os
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
-# ops that have Triton kernels: columns whose sums still fit in the registers of a program
-MAX_DIM = {
-    "linear_cross_entropy": 512,
-    "packed_attention": 256,
-    "sampled_cross_entropy": 512,
-    "scalable_cross_entropy": 512,
+# ops that have Triton kernels: the least columns, and the most, whose sums still fit in the registers of a program
+COLUMNS = {
+    "linear_cross_entropy": (1, 512),
+    "packed_attention": (8, 256),  # its gradient is from the rounded output: over fewer, that does not average out
+    "sampled_cross_entropy": (1, 512),
+    "scalable_cross_entropy": (1, 512),
 }
 MIN_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores
 
@@ -68,15 +68,16 @@ def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtyp
 @torch.compiler.assume_constant_result
 def kernel_unavailable(op: str, device: torch.device, dtypes: tuple[torch.dtype | None, ...], dim: int) -> str | None:
     """Why the Triton kernels of an op cannot run, or None where they can."""
-    if op not in MAX_DIM:
+    if op not in COLUMNS:
         return "this version has no Triton kernel for it"
     reason = triton_unavailable(device)
     if reason is None and torch.float64 in dtypes:
         reason = "they have no fp64"
     if reason is None and interpreted() and torch.bfloat16 in dtypes:
         reason = "Triton's interpreter multiplies no bf16"
-    if reason is None and dim > MAX_DIM[op]:
-        reason = f"they take at most {MAX_DIM[op]} columns, input has {dim}"
+    least, most = COLUMNS[op]
+    if reason is None and not least <= dim <= most:
+        reason = f"they take {least} to {most} columns, input has {dim}"
     return reason
 
 

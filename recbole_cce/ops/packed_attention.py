@@ -30,7 +30,7 @@ def packed_attention(
         query: [P, H, d], any strides.
         key: [P, H, d], likewise.
         value: [P, H, d], likewise.
-        spans: [P, 2] int32, where each place's sequence starts and ends; see sequence_spans().
+        spans: [P, 2] int32, where each place's sequence starts and ends; see sequences().
         dropout_p: p, the probability of each weight to be dropped.
         seed: integer or 0-d int64 tensor that fixes what is dropped; drawn from the device's generator if None.
         backend: "auto", "triton" or "torch"; only "auto" may fall back to torch, and logs it once. The same seed drops
@@ -56,8 +56,8 @@ def packed_attention(
     return reference.packed_attention(query, key, value, spans, dropout_p, seed)
 
 
-def sequence_spans(bounds: torch.Tensor, places: int) -> torch.Tensor:
-    """[P, 2] int32: where the sequence of each of P places starts and ends. No wait for the device.
+def sequences(bounds: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequence of each of P places [P] int64, and where it starts and ends [P, 2] int32; no wait for the device.
 
     Args:
         bounds: [S + 1] int32, where sequences start, the first at 0, and P; some may be empty.
@@ -65,7 +65,7 @@ def sequence_spans(bounds: torch.Tensor, places: int) -> torch.Tensor:
     """
     place = torch.arange(places, dtype=bounds.dtype, device=bounds.device)
     end = torch.searchsorted(bounds, place, right=True)
-    return bounds[torch.stack([end - 1, end], 1)]
+    return end - 1, bounds[torch.stack([end - 1, end], 1)]
 
 
 def check_packed(

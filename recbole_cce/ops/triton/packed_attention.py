@@ -20,7 +20,10 @@ class Blocks(NamedTuple):
     stay: int
     stream: int
     num_warps: int
-    num_stages: int
+
+
+# Triton 3.6, told to load a block ahead, has one place for it, and on Hopper fills that while products still read it.
+NUM_STAGES = 1
 
 
 def packed_blocks(dim: int, itemsize: int) -> Blocks:
@@ -32,8 +35,8 @@ def packed_blocks(dim: int, itemsize: int) -> Blocks:
     """
     width = padded(dim)
     if itemsize == 4:  # products without tensor cores take their operands through registers
-        return Blocks(32, 32, 4 if width <= 32 else 8, 1) if width <= 64 else Blocks(16, 16, 8, 1)
-    return Blocks(64, 32, 4 if width <= 64 else 8, 2) if width <= 128 else Blocks(32, 32, 8, 1)
+        return Blocks(32, 32, 4 if width <= 32 else 8) if width <= 64 else Blocks(16, 16, 8)
+    return Blocks(64, 32, 4) if width <= 128 else Blocks(32, 32, 8)
 
 
 def packed_attention(
@@ -73,7 +76,7 @@ def forward(
         BM=blocks.stay,
         BN=blocks.stream,
         num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        num_stages=NUM_STAGES,
         **common_options(query, key, value, spans, seed, dropout_p),
     )
     return out, lse
@@ -122,7 +125,7 @@ def gradients(
         STAY=blocks.stay,
         STREAM=blocks.stream,
         num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        num_stages=NUM_STAGES,
         **common_options(query, key, value, spans, seed, dropout_p),
     )
     return grad_query, grad_key, grad_value

@@ -29,7 +29,6 @@ LENGTHS = {
     "2,048 of Beauty": (np.random.default_rng(0).permutation(np.repeat(np.arange(2, 51), BEAUTY))[:2048], 50),
     "1,024 x 100": (np.full(1024, 100), 100),
     "1,024 x 200": (np.full(1024, 200), 200),
-    "1,024 x 320": (np.full(1024, 320), 320),
 }
 HEADS, SIZES = 2, (32, 64, 128)
 

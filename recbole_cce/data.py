@@ -29,6 +29,7 @@ from recbole_cce import data_cache
 
 # of train_batch_size: auto. With RecBole's default of 2,048, small data sets need more epochs to as good a model.
 TARGETS_PER_BATCH = 1024
+ROWS_PER_BATCH = 32  # at least: of long histories fewer have as many targets, of too few users
 RECBOLE_BATCH_SIZE = 2048  # rows of one target each
 
 # Column of inter_feat: where in the flat table the row's target is. In a batch only with exclude_seen.
@@ -492,10 +493,10 @@ class LeanSequentialDataset(SequentialDataset):
         return int(self.sizes()[1].sum())
 
     def _sequences_per_batch(self) -> int:
-        """As many rows as have TARGETS_PER_BATCH targets on average."""
+        """As many rows as have TARGETS_PER_BATCH targets on average, and at least ROWS_PER_BATCH."""
         if self.windows is None:
             return RECBOLE_BATCH_SIZE
-        return max(1, round(TARGETS_PER_BATCH * len(self) / self.n_targets))
+        return max(ROWS_PER_BATCH, round(TARGETS_PER_BATCH * len(self) / self.n_targets))
 
     def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """How many positions and how many targets each row that makes batches has."""

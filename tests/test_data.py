@@ -304,7 +304,7 @@ def test_all_positions_train_each_target_of_the_split_once(tmp_path, split, leng
 
 
 def test_automatic_batches(ml100k):
-    """1,024 targets in a batch, or RecBole's own batches where each row has one."""
+    """1,024 targets in a batch and at least 32 sequences, or RecBole's own batches where each row has one."""
 
     def steps(model, **settings):
         config = Config(model, "ranked", config_dict={"gpu_id": "", "state": "ERROR", **ml100k, **settings})
@@ -314,6 +314,9 @@ def test_automatic_batches(ml100k):
     assert steps("SASRecCCE", train_targets="last", train_batch_size="auto") == stock
     assert abs(steps("SASRecCCE", train_batch_size="auto") - 2 * stock) <= 1
     assert steps("SASRecCCE", train_batch_size=100) != stock
+    long = {"MAX_ITEM_LIST_LENGTH": 200}
+    assert steps("SASRecCCE", train_batch_size="auto", **long) == steps("SASRecCCE", train_batch_size=32, **long)
+    assert steps("SASRecCCE", train_batch_size=32, **long) < stock
 
 
 def test_windows_leave_statistics_alone(ml100k):

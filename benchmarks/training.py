@@ -50,7 +50,8 @@ from recbole_cce.data import LeanSequentialDataset
 
 BYTES = 3.0e12  # measured on an H100 80GB HBM3: bytes a second of copies
 PARTS = ("data", "encoder", "head", "table", "optimizer", "other")
-PROFILED_STEPS = 8  # of an epoch: torch.profiler takes seconds for the kernels of one
+# of an epoch are profiled: torch.profiler takes seconds for the operations of one
+BUSY_STEPS, SHARE_STEPS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,11 @@ def epoch_seconds(run: SimpleNamespace, epoch: int) -> float:
 
 
 @contextmanager
-def first_steps(trainer: Trainer) -> Iterator[None]:
-    """Our trainer's epochs end after PROFILED_STEPS; RecBole's have no more here."""
+def first_steps(trainer: Trainer, steps: int) -> Iterator[None]:
+    """Our trainer's epochs end after `steps`; RecBole's are short here."""
     if hasattr(trainer, "_batches"):
         batches = trainer._batches
-        trainer._batches = lambda data: itertools.islice(batches(data), PROFILED_STEPS)
+        trainer._batches = lambda data: itertools.islice(batches(data), steps)
     try:
         yield
     finally:
@@ -223,7 +224,7 @@ def first_steps(trainer: Trainer) -> Iterator[None]:
 
 def busy_share(run: SimpleNamespace) -> float:
     """The union of the intervals of kernels and copies over the time from the first to the last."""
-    with first_steps(run.trainer), profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with first_steps(run.trainer, BUSY_STEPS), profile(activities=[ProfilerActivity.CUDA]) as profiler:
         epoch_seconds(run, 0)
     spans = sorted(
         (event.time_range.start, event.time_range.end)
@@ -280,7 +281,7 @@ def part_of(event: Any, forward_parts: dict[int, str]) -> str:
 def shares(run: SimpleNamespace) -> dict[str, float]:
     """The share of each part in the time of all kernels."""
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with named_parts(run.trainer), first_steps(run.trainer), profile(activities=activities) as profiler:
+    with named_parts(run.trainer), first_steps(run.trainer, SHARE_STEPS), profile(activities=activities) as profiler:
         epoch_seconds(run, 0)
     events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
     forward_parts: dict[int, str] = {}

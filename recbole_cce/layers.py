@@ -29,7 +29,8 @@ else:  # the option's name and form changed since
     CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
 
 PACKED_SHARE = 0.5  # attention: auto packs a training batch of which at most so much is real
-OWN_WIDTH = 64  # longer rows take torch's ops where they go, which are not made for short ones
+# bytes of a number -> the longest rows for which our kernels are the fastest; fp32 has no tensor cores there
+OWN_WIDTH = {2: 100, 4: 50}
 
 
 class Packing(NamedTuple):
@@ -86,8 +87,8 @@ def encode(
 
     Returns:
         Hidden states of the shape of `embedded`, meaningless where there is no real position; under autocast in its
-        dtype, also between layers, with norms computed in fp32. On a CPU, and in fp32 with rows longer than OWN_WIDTH,
-        the attention product of packed ones is taken on padded rows.
+        dtype, also between layers, with norms computed in fp32. On a CPU, and in fp32 with long rows, the attention
+        product of packed ones is taken on padded rows.
     """
     if attention == "recbole":
         return encoder(embedded, causal_mask(where), output_all_encoded_layers=False)[-1]
@@ -185,13 +186,11 @@ def unpacked_attention(
 
 
 def takes_own(query: torch.Tensor, width: int, dropout: float) -> bool:
-    """Whether our kernels are to take [P, heads, D / heads]: short rows, and in 16 bits what torch's op does not take.
-
-    In fp32 there are no tensor cores to them: padded rows are faster once they are long.
-    """
+    """Whether our kernels take [P, heads, D / heads]: short rows, and in 16 bits also what torch's op does not take."""
     if not query.is_cuda or kernel_unavailable("packed_attention", query.device, (query.dtype,), query.size(-1)):
         return False
-    return width <= OWN_WIDTH or (query.dtype.itemsize == 2 and not takes_variable_lengths(query, dropout))
+    size = query.dtype.itemsize
+    return width <= OWN_WIDTH[size] or (size == 2 and not takes_variable_lengths(query, dropout))
 
 
 def takes_variable_lengths(query: torch.Tensor, dropout: float) -> bool:

@@ -199,7 +199,7 @@ def test_attention_over_sequences_of_their_own_lengths(op, left_over, monkeypatc
 )
 def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, monkeypatch):
     """Against fp64 on padded rows; outputs and gradients."""
-    monkeypatch.setattr(layers, "OWN_WIDTH", 200 if op == "own" else 0)
+    monkeypatch.setattr(layers, "OWN_WIDTH", dict.fromkeys((2, 4), 200 if op == "own" else 0))
     module, (embedded, valid) = encoder(n_heads, width=64), batch(length, width=64)
     results = []
     for attention, low in (("sdpa", False), ("sdpa", True), ("packed", True)):
@@ -220,12 +220,12 @@ def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, 
 
 @pytest.mark.cuda
 @needs_varlen
-@pytest.mark.parametrize("length", [20, 100])
-def test_short_rows_take_our_kernels(length):
+@pytest.mark.parametrize(("length", "op"), [(20, "own"), (100, "own"), (101, "varlen")])
+def test_short_rows_take_our_kernels(length, op):
     module, (embedded, valid) = encoder(width=64), batch(length, width=64)
     with torch.autocast("cuda", dtype=torch.bfloat16), kernels() as used:
         run(module.float().cuda(), embedded.float().cuda(), valid.cuda(), "packed")
-    assert {name for name in OPS.values() if name in used} == {OPS["own" if length == 20 else "varlen"]}
+    assert {name for name in OPS.values() if name in used} == {OPS[op]}
 
 
 @pytest.mark.cuda
@@ -238,7 +238,7 @@ def test_packed_where_varlen_attn_does_not_go(settings, own):
     """Long rows with dropout and with heads of no multiple of 8 take our kernels; those of less than 8 columns and fp32
     are padded."""
     width, dropout = settings.get("width", 64), settings.get("dropout", 0.0)
-    module, (embedded, valid) = encoder(width=width, attn_dropout_prob=dropout), batch(100, width=width)
+    module, (embedded, valid) = encoder(width=width, attn_dropout_prob=dropout), batch(101, width=width)
     enabled = "dtype" not in settings
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=enabled), kernels() as used:
         hidden = run(module.float().cuda(), embedded.float().cuda(), valid.cuda(), "packed")[valid.cuda()]

@@ -29,7 +29,8 @@ from recbole_cce import data_cache
 
 # of train_batch_size: auto. With RecBole's default of 2,048, small data sets need more epochs to as good a model.
 TARGETS_PER_BATCH = 1024
-ROWS_PER_BATCH = 32  # at least: of long histories fewer have as many targets, of too few users
+# Of long histories few have as many, and batches of few users learn worse; but small data needs its many steps.
+ROWS_PER_BATCH, STEPS_PER_EPOCH = 32, 256
 RECBOLE_BATCH_SIZE = 2048  # rows of one target each
 
 # Column of inter_feat: where in the flat table the row's target is. In a batch only with exclude_seen.
@@ -493,10 +494,11 @@ class LeanSequentialDataset(SequentialDataset):
         return int(self.sizes()[1].sum())
 
     def _sequences_per_batch(self) -> int:
-        """As many rows as have TARGETS_PER_BATCH targets on average, and at least ROWS_PER_BATCH."""
+        """As many rows as have TARGETS_PER_BATCH targets on average, or ROWS_PER_BATCH if an epoch is long with them."""
         if self.windows is None:
             return RECBOLE_BATCH_SIZE
-        return max(ROWS_PER_BATCH, round(TARGETS_PER_BATCH * len(self) / self.n_targets))
+        by_targets = round(TARGETS_PER_BATCH * len(self) / self.n_targets)
+        return max(1, by_targets, min(ROWS_PER_BATCH, len(self) // STEPS_PER_EPOCH))
 
     def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """How many positions and how many targets each row that makes batches has."""

@@ -494,7 +494,7 @@ class LeanSequentialDataset(SequentialDataset):
         return int(self.sizes()[1].sum())
 
     def _sequences_per_batch(self) -> int:
-        """As many rows as have TARGETS_PER_BATCH targets on average, or ROWS_PER_BATCH if an epoch is long with them."""
+        """As many rows as have TARGETS_PER_BATCH targets on average, or ROWS_PER_BATCH if an epoch stays long."""
         if self.windows is None:
             return RECBOLE_BATCH_SIZE
         by_targets = round(TARGETS_PER_BATCH * len(self) / self.n_targets)

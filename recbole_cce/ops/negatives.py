@@ -21,10 +21,9 @@ _MASK = 0xFFFFFFFF
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a * b, 0 <= a, b < 2^32. The product needs 64 bits, an int64 holds 63: halves of b."""
-    low = a * (b & 0xFFFF)
-    middle = a * (b >> 16) + (low >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of a * b, 0 <= a, b < 2^32. The product wraps: its 64 bits are right, its sign is not."""
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK
 
 
 def philox4x32(

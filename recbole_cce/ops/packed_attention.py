@@ -65,7 +65,8 @@ def sequences(bounds: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Te
     """
     place = torch.arange(places, dtype=bounds.dtype, device=bounds.device)
     end = torch.searchsorted(bounds, place, right=True)
-    return end - 1, bounds[torch.stack([end - 1, end], 1)]
+    number = end - 1
+    return number, bounds[torch.stack([number, end], 1)]
 
 
 def check_packed(

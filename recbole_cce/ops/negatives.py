@@ -193,7 +193,6 @@ def draw_negatives(
     num_negatives: int,
     num_rows: int,
     padding_idx: int | None,
-    draws: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rows of the item table that groups draw.
 
@@ -204,13 +203,11 @@ def draw_negatives(
         num_negatives: K.
         num_rows: rows of the item table, padding included.
         padding_idx: the row that is no item, or None.
-        draws: [k] int64 numbers of the draws wanted, all of 0..K-1 if None.
 
     Returns:
-        [G, k] int64 rows, never `padding_idx`.
+        [G, K] int64 rows, never `padding_idx`.
     """
-    if draws is None:
-        draws = torch.arange(num_negatives, device=groups.device)
+    draws = torch.arange(num_negatives, device=groups.device)
     num_items = num_rows - (padding_idx is not None)
     words = random_words(seed, groups[:, None] * num_negatives + draws)
     return to_rows(sampler.draw(*words, num_items), padding_idx)

@@ -181,5 +181,5 @@ def test_tiles_spread_neighbours(n):
 
 def test_draws_do_not_depend_on_the_chunk():
     whole = negatives.draw_negatives(Uniform(), 5, torch.arange(6), 20, 30, 0)
-    part = negatives.draw_negatives(Uniform(), 5, torch.arange(2, 4), 20, 30, 0, torch.arange(7, 12))
-    assert torch.equal(part, whole[2:4, 7:12])
+    part = negatives.draw_negatives(Uniform(), 5, torch.arange(2, 4), 20, 30, 0)
+    assert torch.equal(part, whole[2:4])

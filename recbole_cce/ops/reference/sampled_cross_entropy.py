@@ -39,7 +39,7 @@ class Chunk:
     are longer than N: no choice by a mask, for which a GPU would have to wait.
     """
 
-    groups: torch.Tensor  # [G] group numbers
+    drawn: torch.Tensor  # [G, K] rows of the negatives
     slots: torch.Tensor  # [G, M] places in the result; N and more past the end
     rows: torch.Tensor  # [G, M] positions
     inside: torch.Tensor  # [G, M] bool
@@ -47,7 +47,9 @@ class Chunk:
     target: torch.Tensor  # [G, M]
 
 
-def chunks(input: torch.Tensor, target: torch.Tensor, draws: Draws, dtype: torch.dtype) -> Iterator[Chunk]:
+def chunks(
+    input: torch.Tensor, target: torch.Tensor, draws: Draws, num_rows: int, dtype: torch.dtype
+) -> Iterator[Chunk]:
     """All positions, in chunks whose products with a chunk of negatives stay below CHUNK_ELEMENTS."""
     n, dim = input.shape
     total = negatives.num_groups(n, draws.sharing)
@@ -55,14 +57,19 @@ def chunks(input: torch.Tensor, target: torch.Tensor, draws: Draws, dtype: torch
     k = negatives_per_chunk(draws.num_negatives, dim)
     positions = max(1, min(depth, reference.CHUNK_ELEMENTS // max(k, dim)))
     groups = max(1, reference.CHUNK_ELEMENTS // max(positions * max(k, dim), k * dim))
-    for first_group in range(0, total, groups):
-        group = torch.arange(first_group, min(first_group + groups, total), device=input.device)
-        for first in range(0, depth, positions):
-            step = torch.arange(first, min(first + positions, depth), device=input.device)
-            slots = step * total + group[:, None]
-            inside = slots < n
-            rows = slots.where(inside, group[:, None])
-            yield Chunk(group, slots, rows, inside, reference.read(input[rows], draws.rounding, dtype), target[rows])
+    # a draw is a hundred operations, however few numbers it draws, which are int64
+    at_once = groups * max(1, reference.CHUNK_ELEMENTS // 16 // (groups * draws.num_negatives))
+    for block in torch.arange(total, device=input.device).split(at_once):
+        block_drawn = negatives.draw_negatives(
+            draws.sampler, draws.seed, block, draws.num_negatives, num_rows, draws.padding_idx
+        )
+        for group, drawn in zip(block.split(groups), block_drawn.split(groups), strict=True):
+            for step in torch.arange(depth, device=input.device).split(positions):
+                slots = step * total + group[:, None]
+                inside = slots < n
+                rows = slots.where(inside, group[:, None])
+                hidden = reference.read(input[rows], draws.rounding, dtype)
+                yield Chunk(drawn, slots, rows, inside, hidden, target[rows])
 
 
 def num_slots(n: int, draws: Draws) -> int:
@@ -85,16 +92,7 @@ def logits(
     """
     size = negatives_per_chunk(draws.num_negatives, weight.size(1))
     num_items = len(weight) - (draws.padding_idx is not None)
-    for start in range(0, draws.num_negatives, size):
-        drawn = negatives.draw_negatives(
-            draws.sampler,
-            draws.seed,
-            chunk.groups,
-            draws.num_negatives,
-            len(weight),
-            draws.padding_idx,
-            torch.arange(start, min(start + size, draws.num_negatives), device=weight.device),
-        )
+    for drawn in chunk.drawn.split(size, dim=1):
         vectors = reference.read(weight[drawn], draws.rounding, chunk.hidden.dtype)
         scores = chunk.hidden @ vectors.transpose(1, 2)
         if draws.logq_correction:
@@ -112,15 +110,13 @@ def counted_logits(
     """
     size = negatives_per_chunk(draws.num_negatives, weight.size(1))
     num_items = len(weight) - (draws.padding_idx is not None)
-    drawn = negatives.draw_negatives(
-        draws.sampler, draws.seed, chunk.groups, draws.num_negatives, len(weight), draws.padding_idx
-    )
-    cells = drawn + torch.arange(len(drawn), device=weight.device)[:, None] * len(weight)
-    counts = torch.zeros(len(drawn) * len(weight), dtype=chunk.hidden.dtype, device=weight.device)
-    counts = counts.index_add_(0, cells.flatten(), counts.new_ones(()).expand(cells.numel())).view(len(drawn), -1)
+    groups = len(chunk.drawn)
+    cells = chunk.drawn + torch.arange(groups, device=weight.device)[:, None] * len(weight)
+    counts = torch.zeros(groups * len(weight), dtype=chunk.hidden.dtype, device=weight.device)
+    counts = counts.index_add_(0, cells.flatten(), counts.new_ones(()).expand(cells.numel())).view(groups, -1)
     for items in torch.arange(num_items, device=weight.device).split(size):
         rows = negatives.to_rows(items, draws.padding_idx)
-        vectors = reference.read(weight[rows], draws.rounding, chunk.hidden.dtype).expand(len(counts), -1, -1)
+        vectors = reference.read(weight[rows], draws.rounding, chunk.hidden.dtype).expand(groups, -1, -1)
         offset = counts[:, rows].log()
         if draws.logq_correction:
             offset -= draws.sampler.log_q(items, num_items) + math.log(draws.num_negatives)
@@ -129,7 +125,7 @@ def counted_logits(
         inside = (own >= 0) & (own < len(items))
         own = own.where(inside, 0)[:, :, None]
         scores.scatter_(2, own, scores.gather(2, own).masked_fill_(inside[:, :, None], -torch.inf))
-        yield rows.expand(len(counts), -1), vectors, scores
+        yield rows.expand(groups, -1), vectors, scores
 
 
 def softmax_logits(
@@ -158,7 +154,7 @@ class SampledCrossEntropy(torch.autograd.Function):
         largest = torch.empty(num_slots(len(input), draws), dtype=dtype, device=input.device)
         total, loss = torch.empty_like(largest), torch.empty_like(largest)
         with torch.autocast(input.device.type, enabled=False):
-            for chunk in chunks(input, target, draws, dtype):
+            for chunk in chunks(input, target, draws, len(weight), dtype):
                 positive = positive_logits(chunk, weight, draws)
                 top, mass = positive, torch.ones_like(positive)
                 for _, _, scores in softmax_logits(chunk, weight, draws):
@@ -212,7 +208,7 @@ def gradients(
     grad_input = torch.zeros(slots, input.size(1), dtype=dtype, device=input.device) if needed[0] else None
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needed[1] else None
     with torch.autocast(input.device.type, enabled=False):
-        for chunk in chunks(input, target, draws, dtype):
+        for chunk in chunks(input, target, draws, len(weight), dtype):
             scale = grad[chunk.rows].to(dtype).where(chunk.inside, 0)
             own = (slopes(chunk, positive_logits(chunk, weight, draws), None) * scale)[:, :, None]
             if needed[0]:
@@ -251,7 +247,7 @@ class SampledBinaryCrossEntropy(torch.autograd.Function):
         dtype = reference.math_dtype(input, weight)
         loss = torch.empty(num_slots(len(input), draws), dtype=dtype, device=input.device)
         with torch.autocast(input.device.type, enabled=False):
-            for chunk in chunks(input, target, draws, dtype):
+            for chunk in chunks(input, target, draws, len(weight), dtype):
                 total = -positive_weight * F.logsigmoid(positive_logits(chunk, weight, draws))
                 for _, _, scores in logits(chunk, weight, draws):
                     total += F.softplus(scores).sum(2)

@@ -9,11 +9,12 @@ backward pass and Adam step. Peers that take no fp32 table get a bf16 copy that 
 goes back through, as under autocast; the published kernel's negatives are drawn in the step. A step must also leave a
 finite loss and gradients in the last rows: offsets of 32 bits that overflow need not crash.
 
-Sizes double until one fails, then the bracket is bisected down to 3 %. A search ends early, "at least", where a step of
-twice as many would take longer than --patience, at an error other than a lack of memory, and where its process takes
-longer than --seconds. Each implementation has its own process, and a new one after an error, since a peer that reads
-out of bounds leaves its process without a usable GPU. --gpu-memory: GiB (2**30 bytes) that tensors may take, for a card
-that stands for a smaller one; what CUDA itself takes comes on top.
+Sizes double until one fails, then the bracket is bisected down to 3 %; --start, the first size, shortens a search of
+steps that take minutes. A search ends early, "at least", where a step of twice as many would take longer than
+--patience, at an error other than a lack of memory, and where its process takes longer than --seconds. Each
+implementation has its own process, and a new one after an error, since a peer that reads out of bounds leaves its
+process without a usable GPU. --gpu-memory: GiB (2**30 bytes) that tensors may take, for a card that stands for a
+smaller one; what CUDA itself takes comes on top.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from benchmarks.losses import Problem, Shape, implementations
 from recbole_cce.ops.scalable_cross_entropy import AUTO_BUCKET_SIZE_Y, auto_size
 
 POSITIONS, ITEMS, COLUMNS, NEGATIVES = 32_768, 1_000_000, 128, 511
-STARTS = {"v": 65_536, "n": 4_096}  # axis -> the first size that is tried
+STARTS = {"v": 65_536, "n": 4_096}  # axis -> the first size that is tried, unless --start says another
 PRECISION = 0.03
 GIB = 2**30
 NAMES = (
@@ -144,7 +145,7 @@ def attempt(make: Callable, shape: Shape) -> dict[str, float] | None:
         raise
 
 
-def search(make: Callable, axis: str, memory: int, patience: float, report: Callable[..., None]) -> bool:
+def search(make: Callable, axis: str, start: int, memory: int, patience: float, report: Callable[..., None]) -> bool:
     """Find the largest size; report what is known after each trial and, with `end`, last of all.
 
     Returns:
@@ -160,7 +161,7 @@ def search(make: Callable, axis: str, memory: int, patience: float, report: Call
         result = attempt(make, shape_at(axis, size))
         slow = result is not None and 2 * result["seconds"] > patience
         # the first step of all compiles, and so may one that takes far longer than half of its size did
-        if not best["largest"] or (slow and result["seconds"] > 5 * best["seconds"]):
+        if slow and (not best["largest"] or result["seconds"] > 5 * best["seconds"]):
             result = attempt(make, shape_at(axis, size))
         if result is None:
             failed = True
@@ -173,7 +174,7 @@ def search(make: Callable, axis: str, memory: int, patience: float, report: Call
         return True
 
     try:
-        largest(fits, STARTS[axis], top, PRECISION)
+        largest(fits, start, top, PRECISION)
     except TooSlowError:
         report(**best, end=f"a step of twice as many would take over {patience:g} s")
     except Exception as error:  # a peer that fails is a result
@@ -181,7 +182,7 @@ def search(make: Callable, axis: str, memory: int, patience: float, report: Call
         report(**best, end=f"{text}, at {size:,}")
         return False
     else:
-        report(**best, end="")
+        report(**best, tried=size, end="")
     return True
 
 
@@ -199,7 +200,7 @@ def work(name: str, args: argparse.Namespace) -> None:
         def report(axis: str = axis, **known: Any) -> None:
             print(json.dumps({"name": name, "axis": axis, **known, **about}), flush=True)
 
-        if not search(make, axis, memory, args.patience, report):
+        if not search(make, axis, args.start or STARTS[axis], memory, args.patience, report):
             os._exit(0)  # an unusable context may abort an orderly exit
 
 
@@ -209,6 +210,7 @@ def explore(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     options = [f"--patience={args.patience}"]
     options += [f"--published={args.published}"] if args.published else []
     options += [f"--gpu-memory={args.gpu_memory}"] if args.gpu_memory else []
+    options += [f"--start={args.start}"] if args.start else []
     while axes:
         command = [sys.executable, "-m", "benchmarks.capacity", f"--work={name}", f"--axes={','.join(axes)}", *options]
         row: dict[str, Any] = {"name": name, "axis": axes[0], "largest": 0}
@@ -239,7 +241,7 @@ def cells(row: dict[str, Any] | None) -> str:
     if row is None:
         return " | "
     if not row["largest"]:
-        return f"{row['end'] or 'not even ' + format(STARTS[row['axis']], ',')} | "
+        return f"{row['end'] or 'not even ' + format(row['tried'], ',')} | "
     size = f"at least {row['largest']:,} ({row['end']})" if row["end"] else f"{row['largest']:,}"
     return f"{size} | {row['gib']:.1f}"
 
@@ -263,6 +265,7 @@ def main() -> None:
     parser.add_argument("--published", type=Path, help="checkout of the published CCE- code")
     parser.add_argument("--only", help="names of implementations, separated by ;")
     parser.add_argument("--axes", default="v,n", help="what to search: v, n or both")
+    parser.add_argument("--start", type=int, help="the first size that is tried; smaller ones are not")
     parser.add_argument("--gpu-memory", type=float, help="GiB (2**30 bytes) for tensors; default: all of the GPU")
     parser.add_argument("--patience", type=float, default=20, help="seconds that a step may be expected to take")
     parser.add_argument("--seconds", type=float, default=240, help="time after which a process is ended")

@@ -20,24 +20,22 @@ TILE = 128  # positions that share one draw of K negatives with sharing="tile"
 _MASK = 0xFFFFFFFF
 
 
-def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a * b, 0 <= a, b < 2^32. The product wraps: its 64 bits are right, its sign is not."""
-    product = a * b
-    return (product >> 32) & _MASK, product & _MASK
-
-
 def philox4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[Any, Any], rounds: int = 10
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox4x32: four words of counter and two of key (int64 in [0, 2^32)) -> four random words, likewise."""
+    """Philox4x32: four words of counter and two of key (int64 in [0, 2^32)) -> four random words, likewise.
+
+    Products of two words wrap: their 64 bits are right, their sign is not. Only what is multiplied or returned is cut
+    to 32 bits, for higher ones do not reach lower ones.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        high0, low0 = _multiply(0xD2511F53, c0)
-        high2, low2 = _multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+        product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((product2 >> 32) ^ c1 ^ k0) & _MASK, ((product0 >> 32) ^ c3 ^ k1) & _MASK
+        c1, c3 = product2, product0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def philox(

@@ -7,7 +7,7 @@ logits of a chunk are one batched product [G, M, D] x [G, K, D].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,8 @@ class Chunk:
 
     drawn: torch.Tensor  # [G, K] rows of the negatives
     slots: torch.Tensor  # [G, M] places in the result; N and more past the end
-    rows: torch.Tensor  # [G, M] positions
-    inside: torch.Tensor  # [G, M] bool
-    hidden: torch.Tensor  # [G, M, D]
     target: torch.Tensor  # [G, M]
+    hidden: torch.Tensor  # [G, M, D]
 
 
 def chunks(
@@ -58,18 +56,23 @@ def chunks(
     positions = max(1, min(depth, reference.CHUNK_ELEMENTS // max(k, dim)))
     groups = max(1, reference.CHUNK_ELEMENTS // max(positions * max(k, dim), k * dim))
     # a draw is a hundred operations, however few numbers it draws, which are int64
-    at_once = groups * max(1, reference.CHUNK_ELEMENTS // 16 // (groups * draws.num_negatives))
-    for block in torch.arange(total, device=input.device).split(at_once):
-        block_drawn = negatives.draw_negatives(
-            draws.sampler, draws.seed, block, draws.num_negatives, num_rows, draws.padding_idx
+    at_once = groups * max(1, reference.CHUNK_ELEMENTS // 8 // (groups * draws.num_negatives))
+    numbers = torch.arange(total, device=input.device)
+    slots = torch.arange(total * depth, device=input.device).view(depth, total).T
+    rows = slots.where(slots < n, numbers[:, None])
+    for block_numbers, *block in split((numbers, slots, rows, target[rows]), at_once):
+        drawn = negatives.draw_negatives(
+            draws.sampler, draws.seed, block_numbers, draws.num_negatives, num_rows, draws.padding_idx
         )
-        for group, drawn in zip(block.split(groups), block_drawn.split(groups), strict=True):
-            for step in torch.arange(depth, device=input.device).split(positions):
-                slots = step * total + group[:, None]
-                inside = slots < n
-                rows = slots.where(inside, group[:, None])
-                hidden = reference.read(input[rows], draws.rounding, dtype)
-                yield Chunk(drawn, slots, rows, inside, hidden, target[rows])
+        for group_drawn, *group in split((drawn, *block), groups):
+            for chunk_slots, chunk_rows, chunk_target in split(group, positions, dim=1):
+                hidden = reference.read(input[chunk_rows], draws.rounding, dtype)
+                yield Chunk(group_drawn, chunk_slots, chunk_target, hidden)
+
+
+def split(tensors: Sequence[torch.Tensor], size: int, dim: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same parts of each."""
+    return zip(*(tensor.split(size, dim) for tensor in tensors), strict=True)
 
 
 def num_slots(n: int, draws: Draws) -> int:
@@ -94,7 +97,7 @@ def logits(
     num_items = len(weight) - (draws.padding_idx is not None)
     for drawn in chunk.drawn.split(size, dim=1):
         vectors = reference.read(weight[drawn], draws.rounding, chunk.hidden.dtype)
-        scores = chunk.hidden @ vectors.transpose(1, 2)
+        scores = torch.bmm(chunk.hidden, vectors.transpose(1, 2))
         if draws.logq_correction:
             log_q = draws.sampler.log_q(negatives.to_items(drawn, draws.padding_idx), num_items)
             scores -= (log_q + math.log(draws.num_negatives))[:, None, :]
@@ -155,7 +158,7 @@ class SampledCrossEntropy(torch.autograd.Function):
         total, loss = torch.empty_like(largest), torch.empty_like(largest)
         with torch.autocast(input.device.type, enabled=False):
             for chunk in chunks(input, target, draws, len(weight), dtype):
-                positive = positive_logits(chunk, weight, draws)
+                positive = positives(chunk, weight, draws)[1]
                 top, mass = positive, torch.ones_like(positive)
                 for _, _, scores in softmax_logits(chunk, weight, draws):
                     top, mass = reference.add_logits(top, mass, scores)
@@ -184,9 +187,10 @@ class SampledCrossEntropy(torch.autograd.Function):
         return *gradients(needed, input, weight, target, ctx.draws, grad, softmax_logits, slopes), None, None
 
 
-def positive_logits(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """[G, M] logit of each position's own target."""
-    return (chunk.hidden * reference.read(weight[chunk.target], draws.rounding, chunk.hidden.dtype)).sum(2)
+def positives(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors [G, M, D] and logits [G, M] of each position's own target."""
+    vectors = reference.read(weight[chunk.target], draws.rounding, chunk.hidden.dtype)
+    return vectors, (chunk.hidden * vectors).sum(2)
 
 
 def gradients(
@@ -205,20 +209,24 @@ def gradients(
     if draws.padding_idx is not None:
         grad = grad.masked_fill(target == draws.padding_idx, 0)
     slots = num_slots(len(input), draws)
-    grad_input = torch.zeros(slots, input.size(1), dtype=dtype, device=input.device) if needed[0] else None
+    grad = F.pad(grad.to(dtype), (0, slots - len(input)))
+    grad_input = torch.empty(slots, input.size(1), dtype=dtype, device=input.device) if needed[0] else None
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needed[1] else None
     with torch.autocast(input.device.type, enabled=False):
         for chunk in chunks(input, target, draws, len(weight), dtype):
-            scale = grad[chunk.rows].to(dtype).where(chunk.inside, 0)
-            own = (slopes(chunk, positive_logits(chunk, weight, draws), None) * scale)[:, :, None]
-            if needed[0]:
-                grad_input[chunk.slots] = own * reference.read(weight[chunk.target], draws.rounding, dtype)
+            scale = grad[chunk.slots][:, :, None]
+            vectors, positive = positives(chunk, weight, draws)
+            own = slopes(chunk, positive, None)[:, :, None] * scale
+            direction = own * vectors
             for drawn, vectors, scores in terms(chunk, weight, draws):
-                slope = slopes(chunk, None, scores).mul_(scale[:, :, None])
+                slope = slopes(chunk, None, scores).mul_(scale)
                 if needed[0]:
-                    grad_input[chunk.slots] += slope @ vectors
+                    direction.baddbmm_(slope, vectors)
                 if needed[1]:
-                    grad_weight.index_add_(0, drawn.flatten(), (slope.transpose(1, 2) @ chunk.hidden).flatten(0, 1))
+                    shares = torch.bmm(slope.transpose(1, 2), chunk.hidden)
+                    grad_weight.index_add_(0, drawn.flatten(), shares.flatten(0, 1))
+            if needed[0]:
+                grad_input[chunk.slots] = direction
             if needed[1]:  # the large terms last: the many small ones would be rounded to their size
                 grad_weight.index_add_(0, chunk.target.flatten(), (own * chunk.hidden).flatten(0, 1))
     grad_input = None if grad_input is None else grad_input[: len(input)]
@@ -248,7 +256,7 @@ class SampledBinaryCrossEntropy(torch.autograd.Function):
         loss = torch.empty(num_slots(len(input), draws), dtype=dtype, device=input.device)
         with torch.autocast(input.device.type, enabled=False):
             for chunk in chunks(input, target, draws, len(weight), dtype):
-                total = -positive_weight * F.logsigmoid(positive_logits(chunk, weight, draws))
+                total = -positive_weight * F.logsigmoid(positives(chunk, weight, draws)[1])
                 for _, _, scores in logits(chunk, weight, draws):
                     total += F.softplus(scores).sum(2)
                 loss[chunk.slots] = total / (draws.num_negatives + 1)

@@ -6,11 +6,13 @@ imported; HyperTuning takes recbole.quick_start.objective_function.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import recbole.quick_start
 import recbole.quick_start.quick_start as recbole_quick_start
+import torch
 from recbole.config import Config
 
 from recbole_cce import checkpoints, registry
@@ -56,7 +58,17 @@ def configuration(model: str, dataset: str, files: list[str], settings: dict[str
 
 def run_recboles(rank: int, *args: Any) -> None:
     """RecBole's spawn worker. Unpickling it imports recbole_cce, so the models exist in the worker too."""
+    share_threads(args[-1]["config_dict"]["nproc"])
     _run_recboles(rank, *args)
+
+
+def share_threads(processes: int) -> None:
+    """Leave this process its share of the CPU: torch's threads wait by spinning, which slows down the other processes.
+
+    OMP_NUM_THREADS, where it is set, is for each process already.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def get_trainer(model_type: Any, model_name: str) -> Callable[..., Any]:

@@ -88,8 +88,7 @@ def run(trial: Trial, stop_at: float, parallel: int, share: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = sys.argv[:1]  # RecBole's Config looks for keys there
-    if parallel > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // parallel))
+    quick_start.share_threads(parallel)
     for module in trial.modules:
         importlib.import_module(module)
     if trial.model not in registry.MODELS:

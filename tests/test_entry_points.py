@@ -6,6 +6,7 @@ Truth: RecBole's data set and SASRec with the weights of the checkpoint, and met
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -130,6 +131,7 @@ def test_run_in_one_process(folder, trained):
 # that differ. The main module does not import recbole_cce before it spawns: workers get it from what they are to run.
 ON_THE_CPU = """
 import json
+import os
 import socket
 import sys
 import time
@@ -144,6 +146,7 @@ def init_on_the_cpu(backend, rank, **options):
     import recbole.trainer.trainer
 
     recbole.trainer.trainer.get_local_time = lambda: f"by-process-{rank}"
+    print("THREADS", torch.get_num_threads())
     init_process_group("gloo", rank=rank, **options)
 
 
@@ -160,6 +163,8 @@ torch.distributed.init_process_group = init_on_the_cpu
 torch.nn.parallel.DistributedDataParallel = lambda module, device_ids: ddp(module)
 torch.cuda.set_device = set_device
 torch.save = save_slowly
+os.environ.pop("OMP_NUM_THREADS", None)
+torch.set_num_threads(6)  # of a machine with so many cores
 
 if __name__ == "__main__":
     import recbole_cce
@@ -176,7 +181,9 @@ if __name__ == "__main__":
 
 
 def test_run_in_two_processes(folder):
-    ours, stock = results(output(ON_THE_CPU, folder))
+    printed = output(ON_THE_CPU, folder)
+    assert re.findall(r"THREADS (\d+)", printed) == ["3"] * 4
+    ours, stock = results(printed)
     expected = numpy_metrics(folder, checkpoint_of(folder, "twoSASRecSCE"))
     assert ours["test_result"] == pytest.approx(expected, abs=5.1e-5)
     expected = numpy_metrics(folder, checkpoint_of(folder, "twoSASRec"), repeated=1)

@@ -217,14 +217,14 @@ def gradients(
             scale = grad[chunk.slots][:, :, None]
             vectors, positive = positives(chunk, weight, draws)
             own = slopes(chunk, positive, None)[:, :, None] * scale
-            direction = own * vectors
+            direction = vectors.mul_(own)
             for drawn, vectors, scores in terms(chunk, weight, draws):
                 slope = slopes(chunk, None, scores).mul_(scale)
                 if needed[0]:
                     direction.baddbmm_(slope, vectors)
                 if needed[1]:
-                    shares = torch.bmm(slope.transpose(1, 2), chunk.hidden)
-                    grad_weight.index_add_(0, drawn.flatten(), shares.flatten(0, 1))
+                    slope = slope.transpose(1, 2)
+                    grad_weight.index_add_(0, drawn.flatten(), torch.bmm(slope, chunk.hidden).flatten(0, 1))
             if needed[0]:
                 grad_input[chunk.slots] = direction
             if needed[1]:  # the large terms last: the many small ones would be rounded to their size

@@ -12,7 +12,6 @@ import copy
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +25,8 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
 from recbole_cce import data_cache
+from recbole_cce.data_reader import CReader
+from recbole_cce.data_rows import TARGET_ROW, Gathered, Rows
 
 # of train_batch_size: auto. With RecBole's default of 2,048, small data sets need more epochs to as good a model.
 TARGETS_PER_BATCH = 1024
@@ -33,19 +34,12 @@ TARGETS_PER_BATCH = 1024
 ROWS_PER_BATCH, STEPS_PER_EPOCH = 32, 256
 RECBOLE_BATCH_SIZE = 2048  # rows of one target each
 
-# Column of inter_feat: where in the flat table the row's target is. In a batch only with exclude_seen.
-TARGET_ROW = "target_row"
 # Field of a training batch: how many of a row's last positions are trained.
 TARGET_COUNT = "target_count"
 # Only field of a batch that is made on a GPU: the number of each row from 1 on, 0 for a row of padding.
 ROW_NUMBER = "row_number"
 # The most of a GPU's free memory that the data may take.
 RESIDENT_SHARE = 1 / 8
-# The C engine's way to parse numbers as the Python engine does; from pandas 3.1 it has no other, and the option is
-# deprecated.
-PANDAS_VERSION = tuple(int(part) for part in pd.__version__.split(".")[:2])
-SAME_NUMBERS = {"float_precision": "high"} if PANDAS_VERSION < (3, 1) else {}
-LINES_AT_A_TIME = 2**21
 
 
 class Places(NamedTuple):
@@ -57,113 +51,6 @@ class Places(NamedTuple):
     positions: int
     targets: int
     fixed: bool = False
-
-
-class Gathered(MutableMapping[str, torch.Tensor]):
-    """Columns of a table at some of its rows, each gathered when it is asked for, and columns of its own."""
-
-    def __init__(self, table: dict[str, torch.Tensor], own: dict[str, torch.Tensor], names: Iterable[str]) -> None:
-        self.table = table
-        self.own = own
-        self.names = dict.fromkeys(names)
-
-    def at(self, index: Any) -> Gathered:
-        """These columns at fewer or other rows."""
-        return Gathered(self.table, {name: values[index] for name, values in self.own.items()}, self.names)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self.own:
-            return self.own[name]
-        if name in self.names:
-            return self.table[name][self.own[TARGET_ROW]]
-        raise KeyError(name)
-
-    def __setitem__(self, name: str, values: torch.Tensor) -> None:
-        self.own[name] = values
-        self.names[name] = None
-
-    def __delitem__(self, name: str) -> None:
-        del self.names[name]
-        self.own.pop(name, None)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-class Rows(Interaction):
-    """An Interaction whose columns are Gathered; RecBole's would copy all of them for each split and each sort.
-
-    It also takes rows by a tensor: RecBole's makes a Python list of each index.
-    """
-
-    def __init__(self, columns: Gathered) -> None:
-        self.interaction = columns
-        self.length = columns[TARGET_ROW].numel()
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, str):
-            return self.interaction[index]
-        if isinstance(index, (list, range)):
-            index = np.asarray(index) if len(index) else np.empty(0, dtype=np.int64)
-        if isinstance(index, np.ndarray):
-            index = torch.from_numpy(index)
-        return Rows(self.interaction.at(index))
-
-    def _reindex(self, index: Any) -> None:
-        self.interaction = self.interaction.at(torch.as_tensor(index))
-
-
-class CReader:
-    """pandas for RecBole's reader: its read_csv runs the C engine, ten times faster than the Python engine.
-
-    Numbers are parsed to the same bits. Tokens become categories, so that their strings are kept and compared once
-    for all lines. What the C engine cannot read (long separators, bad lines) goes to the Python engine that RecBole
-    asks for, whose errors name the column.
-    """
-
-    def __init__(self, pandas: Any) -> None:
-        self.pandas = pandas
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pandas, name)
-
-    def read_csv(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        """pandas.read_csv."""
-        # Python strings: pandas 3 has Arrow strings for `str`, slow to iterate
-        dtypes = {column: object if dtype is str else dtype for column, dtype in kwargs["dtype"].items()}
-        options = {**kwargs, **SAME_NUMBERS, "engine": "c", "dtype": dtypes, "chunksize": LINES_AT_A_TIME}
-        try:
-            with pd.read_csv(*args, **options) as chunks:
-                return joined(chunks)
-        except ValueError:
-            return self.pandas.read_csv(*args, **kwargs)
-
-
-def joined(chunks: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """The chunks of a file, columns named `name:type`, as one frame: tokens as categories, no sequence missing."""
-    parts: dict[str, list[np.ndarray]] = {}
-    ids: dict[str, dict[str, int]] = {}
-    for chunk in chunks:
-        for column in chunk:
-            values = chunk[column]
-            if column.endswith(":token"):
-                codes, tokens = pd.factorize(values.to_numpy())
-                known = ids.setdefault(column, {})
-                code = [known.setdefault(token, len(known)) for token in tokens]
-                part = np.array([*code, -1], dtype=np.int32)[codes]  # -1, its last, is that of a missing one
-            else:
-                part = (values.fillna("") if column.endswith("_seq") else values).to_numpy()
-            parts.setdefault(column, []).append(part)
-    columns = {}
-    for column in list(parts):
-        columns[column] = np.concatenate(parts.pop(column))  # the chunks of one column at a time are there twice
-        if column in ids:
-            categories = pd.Index(list(ids[column]), dtype=object)
-            columns[column] = pd.Categorical.from_codes(columns[column], categories=categories)
-    return pd.DataFrame(columns, copy=False)
 
 
 def counted(values: Any = ()) -> Counter:

@@ -23,7 +23,7 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_cce import compat
+from recbole_cce import compat, data_reader
 from recbole_cce.files import write_whole
 
 DESCRIPTION = "description"  # of the arrays: JSON, and first in the file
@@ -79,7 +79,7 @@ def sources(dataset: Any) -> dict[str, str]:
     suffixes += ["user", "item", *(config["additional_feat_suffix"] or ())]
     data = [Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}" for suffix in suffixes]
     classes = [cls for cls in type(dataset).__mro__ if issubclass(cls, Dataset)]
-    programs = [__file__, compat.__file__, *map(inspect.getfile, classes)]
+    programs = [__file__, compat.__file__, data_reader.__file__, *map(inspect.getfile, classes)]
     found = {name: version(name) for name in ("pandas", "numpy")}
     return found | {path.name: digest(path) for path in [*map(Path, programs), *data] if path.is_file()}
 

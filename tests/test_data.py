@@ -13,7 +13,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import FeatureSource
 
-from recbole_cce import data
+from recbole_cce import data, data_reader
 from tests.conftest import write_inter
 
 ML100K = Path(recbole.__file__).parent / "dataset_example" / "ml-100k"
@@ -161,7 +161,7 @@ def test_statistics_equal_stock(ml100k):
 
 
 def test_files_are_read_in_parts(ml100k, monkeypatch):
-    monkeypatch.setattr(data, "LINES_AT_A_TIME", 1000)
+    monkeypatch.setattr(data_reader, "LINES_AT_A_TIME", 1000)
     assert_equal_splits("ranked", **ml100k)
 
 

@@ -14,7 +14,7 @@ import torch
 from recbole.config import Config
 from recbole.data import create_dataset
 
-from recbole_cce import data_cache
+from recbole_cce import compat, data, data_cache, data_reader
 from recbole_cce.data import LeanSequentialDataset
 from tests.conftest import write_inter
 from tests.test_data import ML100K, SPLITS, ml100k, presplit, with_sequences  # noqa: F401  fixtures
@@ -163,6 +163,16 @@ def test_a_file_that_appears_replaces_the_copy(readings, tiny_config):
 def test_another_program_replaces_the_copy(readings, monkeypatch, tiny_config):
     load(**tiny_config)
     monkeypatch.setattr(data_cache, "version", lambda name: "0")
+    load(**tiny_config)
+    assert readings == ["tiny", "tiny"]
+
+
+@pytest.mark.parametrize("module", [compat, data, data_cache, data_reader])
+def test_a_changed_program_replaces_the_copy(readings, monkeypatch, tmp_path, tiny_config, module):
+    load(**tiny_config)
+    changed = tmp_path / Path(module.__file__).name
+    changed.write_text(Path(module.__file__).read_text() + "# changed")
+    monkeypatch.setattr(module, "__file__", str(changed))
     load(**tiny_config)
     assert readings == ["tiny", "tiny"]
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.capacity --published=DIR --output=DIR [--only="ours tile;Liger"] [--axes=v,n] [--gpu-memory=80]
 
-Two searches for each implementation of benchmarks.losses: the most items V at N = 32,768 positions, and the most
-positions N at V = 1,000,000 items; D = 128, K = 511, for SCE buckets by its authors' rule. A size fits if one step of
+Two searches for each of benchmarks.implementations: the most items V at N = 32,768 positions, and the most positions N
+at V = 1,000,000 items; D = 128, K = 511, for SCE buckets by its authors' rule. A size fits if one step of
 training does: bf16 hidden states and their gradient, an fp32 item table, its gradient and Adam's two moments, loss,
 backward pass and Adam step. Peers that take no fp32 table get a bf16 copy that the step makes and that their gradient
 goes back through, as under autocast; the published kernel's negatives are drawn in the step. A step must also leave a
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from benchmarks.csv_file import write_csv
-from benchmarks.losses import Problem, Shape, implementations
+from benchmarks.implementations import Problem, Shape, implementations
 from recbole_cce.ops.scalable_cross_entropy import AUTO_BUCKET_SIZE_Y, auto_size
 
 POSITIONS, ITEMS, COLUMNS, NEGATIVES = 32_768, 1_000_000, 128, 511

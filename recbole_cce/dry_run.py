@@ -3,7 +3,7 @@
 Tensors under torch's FakeTensorMode have shapes and dtypes but no memory. SASRecCCE's own calculate_loss() and backward
 pass run on them, in bf16 autocast as on a GPU, and every storage is counted while something holds it: activations kept
 for the backward pass, gradients, and what lives for a moment only. The losses in plain torch, CE and CE-, run likewise;
-those that compute in kernels or in chunks are replaced by what they hold, see BUFFERS.
+those that compute in kernels are replaced by what they hold, see BUFFERS.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from recbole_cce import quick_start
 from recbole_cce.data import TARGET_COUNT, Places
 from recbole_cce.losses import LOSSES
 from recbole_cce.models.sasrec import SASRecCCE
-from recbole_cce.ops import reference
-from recbole_cce.ops.negatives import TILE
 from recbole_cce.ops.scalable_cross_entropy import AUTO_BUCKET_SIZE_Y, auto_size
 
 # in a backward pass that a mode watches, autograd makes a new tensor where it would write into the first argument
@@ -106,7 +104,7 @@ def full_buffers(n: int, k: int, shape: Shape) -> Buffers:
 
 
 def sampled_buffers(n: int, k: int, shape: Shape) -> Buffers:
-    """CCE-: log-sum-exp, slope and target of each position."""
+    """CCE-, BCE, gBCE: log-sum-exp, slope and target of each position."""
     return Buffers(kept=16 * n, direction=True)
 
 
@@ -121,23 +119,12 @@ def bucket_buffers(n: int, k: int, shape: Shape) -> Buffers:
     return Buffers(forward=keys, kept=table + positions + 4 * buckets * size_y + 24 * n, backward=positions)
 
 
-def chunked_buffers(n: int, k: int, shape: Shape) -> Buffers:
-    """BCE and gBCE in plain torch. Of a chunk in fp32: hidden states, their targets' vectors and products; vectors of
-    negatives, logits and slopes; in the backward pass also the shares of both gradients."""
-    groups, chunk = -(-n // TILE), reference.CHUNK_ELEMENTS
-    hidden = min(n * shape.hidden, chunk)
-    vectors, logits = (min(groups * k * size, chunk) for size in (shape.hidden, min(n, TILE)))
-    forward = hidden + max(3 * hidden, vectors + 2 * logits)
-    backward = 2 * hidden + max(2 * hidden, vectors + 2 * logits + max(hidden, vectors))
-    return Buffers(forward=4 * forward, kept=8 * n, backward=4 * backward)
-
-
 BUFFERS: dict[str, Callable[[int, int, Shape], Buffers]] = {
     "CCE": full_buffers,
     "CCE-": sampled_buffers,
     "SCE": bucket_buffers,
-    "BCE": chunked_buffers,
-    "gBCE": chunked_buffers,
+    "BCE": sampled_buffers,
+    "gBCE": sampled_buffers,
 }
 
 

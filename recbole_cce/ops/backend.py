@@ -10,10 +10,11 @@ import os
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
-# ops that have Triton kernels: the least columns, and the most, whose sums still fit in the registers of a program
+# of the Triton kernels: the least columns, and the most, whose sums still fit in the registers of a program
 COLUMNS = {
     "linear_cross_entropy": (1, 512),
     "packed_attention": (8, 256),  # its gradient is from the rounded output: over fewer, that does not average out
+    "sampled_binary_cross_entropy": (1, 512),
     "sampled_cross_entropy": (1, 512),
     "scalable_cross_entropy": (1, 512),
 }
@@ -68,8 +69,6 @@ def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtyp
 @torch.compiler.assume_constant_result
 def kernel_unavailable(op: str, device: torch.device, dtypes: tuple[torch.dtype | None, ...], dim: int) -> str | None:
     """Why the Triton kernels of an op cannot run, or None where they can."""
-    if op not in COLUMNS:
-        return "this version has no Triton kernel for it"
     reason = triton_unavailable(device)
     if reason is None and torch.float64 in dtypes:
         reason = "they have no fp64"

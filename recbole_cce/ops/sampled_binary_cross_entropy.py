@@ -51,9 +51,17 @@ def sampled_binary_cross_entropy(
     draws = make_draws(input, weight, num_negatives, sampler, sharing, False, seed, padding_idx)
     if not 0 <= positive_weight < math.inf:
         raise ValueError(f"positive_weight: {positive_weight!r} is not valid; it takes a finite number >= 0")
-    backends.choose("sampled_binary_cross_entropy", backend, input.device, (input.dtype, weight.dtype), input.size(1))
-    loss = reference.sampled_binary_cross_entropy(input, weight, target, draws, positive_weight)
-    return checks.reduce(loss, checks.number(checks.counted(target, padding_idx)), reduction)
+    dtypes = (input.dtype, weight.dtype, draws.rounding)
+    number = checks.number(checks.counted(target, padding_idx))
+    chosen = backends.choose("sampled_binary_cross_entropy", backend, input.device, dtypes, input.size(1))
+    if chosen == "triton":
+        from recbole_cce.ops.triton import sampled_cross_entropy as kernels  # triton may be missing elsewhere
+
+        mean = number if reduction == "mean" else None
+        loss = kernels.sampled_cross_entropy(input, weight, target, draws, mean, positive_weight)
+    else:
+        loss = reference.sampled_binary_cross_entropy(input, weight, target, draws, positive_weight)
+    return checks.reduce(loss, number, reduction)
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:

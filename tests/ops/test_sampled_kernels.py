@@ -1,10 +1,11 @@
-"""The Triton kernels of CCE-: the same negatives as the formula, within its error; every way they are used.
+"""The Triton kernels of CCE- and BCE: the same negatives as the formula, within its error; every way they are used.
 
 On a GPU all combinations run. Without one, a few run in Triton's interpreter, and the kernels are compiled.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -21,20 +22,41 @@ from tests.ops.problems import SEED, Sampling, check, problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHARINGS = ["tile", "none", "batch"]
+LOSSES = ["softmax", "plain softmax", "binary"]
 needs_gpu = pytest.mark.cuda
 
 
+def op(loss):
+    """The op with what makes it a loss."""
+    if loss == "binary":
+        return functools.partial(ops.sampled_binary_cross_entropy, positive_weight=0.3)
+    return functools.partial(ops.sampled_cross_entropy, logq_correction=loss == "softmax")
+
+
 def check_kernels(
-    n=300, v=53, d=12, k=9, sharing="tile", dtype=torch.float32, popularity=False, correct=True, padding_idx=0, **kwargs
+    n=300,
+    v=53,
+    d=12,
+    k=9,
+    sharing="tile",
+    dtype=torch.float32,
+    popularity=False,
+    loss="softmax",
+    padding_idx=0,
+    **kwargs,
 ):
     """backend="triton" against the formula, at the error budget of the formula in the same dtype."""
     hidden, weight, target = problem(n, v, d, dtype=dtype, padding_idx=padding_idx, **kwargs)
-    way = Sampling(n, weight, k, sharing, popularity, correct, padding_idx)
+    way = Sampling(n, weight, k, sharing, popularity, loss == "softmax", padding_idx)
+
+    def formula(h, w):
+        if loss == "binary":
+            return naive.sampled_binary(h, w, target, way.drawn, 0.3)
+        return naive.sampled(h, w, target, way.drawn, way.correction.to(h.dtype))
+
     check(
-        lambda h, w: ops.sampled_cross_entropy(
-            h, w, target, logq_correction=correct, reduction="none", backend="triton", **way.kwargs
-        ),
-        lambda h, w: naive.sampled(h, w, target, way.drawn, way.correction.to(h.dtype)),
+        lambda h, w: op(loss)(h, w, target, reduction="none", backend="triton", **way.kwargs),
+        formula,
         hidden,
         weight,
         target,
@@ -42,33 +64,35 @@ def check_kernels(
     )
 
 
-def check_reductions(sharing, n, device="cpu"):
+def check_reductions(loss, sharing, n, device="cpu"):
     """Each reduction against torch, with upstream gradients that are what a mean expects, and that are not."""
     args = problem(n=n, device=device)
     for reduction in ("mean", "sum", "none"):
         for factor in (1.0, 3.0, torch.rand(n, device=device) if reduction == "none" else 0.0):
-            options = {"sharing": sharing, "reduction": reduction, "factor": factor}
+            options = {"loss": loss, "sharing": sharing, "reduction": reduction, "factor": factor}
             assert_close(gradients(*args, **options), gradients(*args, **options, backend="torch"))
 
 
-def check_compiled(sharing, n, device="cpu", backend="inductor"):
+def check_compiled(loss, sharing, n, device="cpu", backend="inductor"):
     """A compiled model around the loss gives what the model gives, without a graph break."""
     hidden, weight, target = problem(n=n, device=device)
 
     def step(h, w):
-        return call(torch.tanh(h), w, target, sharing=sharing) * 2
+        return call(torch.tanh(h), w, target, loss=loss, sharing=sharing) * 2
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = function(h, w)
-        loss.backward()
-        results.append((loss.detach(), h.grad, w.grad))
+        value = function(h, w)
+        value.backward()
+        results.append((value.detach(), h.grad, w.grad))
     assert_close(*results)
 
 
 # Without a GPU
 
+
+TYPES = POINTERS | {"log_k": "fp32", "positive_weight": "fp32"}
 
 # fp32 products of the interpreter, which are NumPy's: by some CPUs one row's depend on where in a block it stands, so
 # that a backward pass would not meet the logits of the forward pass; on a GPU it does
@@ -106,14 +130,17 @@ def test_kernels_in_the_interpreter():
 
         for sharing in ("tile", "none", "batch"):
             n = 20 if sharing == "none" else 150
-            check_kernels(n=n, sharing=sharing)
-            check_kernels(n=n, sharing=sharing, popularity=True, padding_idx=5, d=20)
-            check_kernels(n=n, sharing=sharing, dtype=torch.float16, v=3, k=33, correct=False, padding_idx=None)
-            torch.use_deterministic_algorithms(True)
-            check_kernels(n=n, sharing=sharing, popularity=True)
-            torch.use_deterministic_algorithms(False)
-            check_reductions(sharing, n)
-            check_compiled(sharing, n, backend="aot_eager")
+            for loss in ("softmax", "binary"):
+                check_kernels(n=n, sharing=sharing, loss=loss)
+                check_kernels(n=n, sharing=sharing, loss=loss, popularity=True, padding_idx=5, d=20)
+                check_kernels(n=n, sharing=sharing, loss=loss, dtype=torch.float16, v=3, k=33, padding_idx=None)
+                check_kernels(n=n, sharing=sharing, loss=loss, scale=6)
+                torch.use_deterministic_algorithms(True)
+                check_kernels(n=n, sharing=sharing, loss=loss, popularity=True)
+                torch.use_deterministic_algorithms(False)
+                check_reductions(loss, sharing, n)
+                check_compiled(loss, sharing, n, backend="aot_eager")
+            check_kernels(n=n, sharing=sharing, loss="plain softmax", v=3, k=33, padding_idx=None)
 
         # its products of bf16 are wrong numbers: refused, also where autocast rounds to it
         import pytest
@@ -127,38 +154,40 @@ def test_kernels_in_the_interpreter():
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("binary", [False, True], ids=["softmax", "binary"])
 @pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient", "own_forward", "pair", "row_weight_gradient"])
-def test_kernels_compile(name, capability):
+def test_kernels_compile(name, binary, capability):
     language = pytest.importorskip("triton").language
     from recbole_cce.ops.triton import sampled_cross_entropy as kernels
 
     constants = {
         "D": 48, "BD": 64, "BM": 64, "BK": 32, "BP": 16, "BLOCK": 256, "DTYPE": language.bfloat16, "PRECISION": "ieee",
         "POPULARITY": True, "CORRECT": True, "DIRECTION": True, "ATOMIC": True, "MODE": "place", "HALVES": True,
-        "ADD": True, "UNIFORM": True,
+        "BINARY": binary, "ADD": True, "UNIFORM": True,
     }  # fmt: skip
     kernel = getattr(kernels, f"{name}_kernel")
-    assert compiled(kernel, capability, constants, POINTERS | {"log_k": "fp32"}).asm["cubin"]
+    assert compiled(kernel, capability, constants, TYPES).asm["cubin"]
 
 
 @pytest.mark.parametrize("hidden", ["*bf16", "*fp32"], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("dim", [256, 512])
 @pytest.mark.parametrize(("capability", "shared_memory"), [(80, 166912), (90, 232448)], ids=["sm_80", "sm_90"])
-def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden):
+@pytest.mark.parametrize("binary", [False, True], ids=["softmax", "binary"])
+def test_kernels_fit_in_shared_memory(binary, dim, capability, shared_memory, hidden):
     """As they are launched under autocast, whose layer norm leaves hidden states in fp32: what the compiler takes."""
     need_triton(3, 3)
     import triton
 
     from recbole_cce.ops.triton import sampled_cross_entropy as kernels
 
-    types = POINTERS | {"h_ptr": hidden, "direction_ptr": hidden, "log_k": "fp32"}
+    types = TYPES | {"h_ptr": hidden, "direction_ptr": hidden}
     for name in ("tile_forward", "tile_weight_gradient"):
         blocks = kernels.tile_blocks(128, dim, 2, shared_memory, gradient=name != "tile_forward")
         constants = {
             "D": dim, "BD": dim, "BM": blocks.positions, "BK": blocks.negatives, "HALVES": blocks.halves,
-            "DTYPE": triton.language.bfloat16, "PRECISION": "ieee", "POPULARITY": False, "CORRECT": True,
-            "DIRECTION": True, "ATOMIC": True, "stride_hd": 1, "stride_wd": 1, "stride_y": 1, "stride_grad": 1,
-            "table_ptr": None, "log_q_ptr": None, "row_ptr": None, "unit_ptr": None,
+            "DTYPE": triton.language.bfloat16, "PRECISION": "ieee", "POPULARITY": False, "CORRECT": not binary,
+            "BINARY": binary, "DIRECTION": True, "ATOMIC": True, "stride_hd": 1, "stride_wd": 1, "stride_y": 1,
+            "stride_grad": 1, "table_ptr": None, "log_q_ptr": None, "row_ptr": None, "unit_ptr": None,
         }  # fmt: skip
         launched = compiled(
             getattr(kernels, f"{name}_kernel"),
@@ -205,13 +234,13 @@ def test_blocks_fit_the_chip(itemsize, shared_memory):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("popularity", [False, True], ids=["uniform", "popularity"])
-@pytest.mark.parametrize("correct", [True, False], ids=["corrected", "plain"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
-def test_kernels(dtype, sharing, popularity, correct, deterministic):
+def test_kernels(dtype, sharing, popularity, loss, deterministic):
     torch.use_deterministic_algorithms(deterministic)
     try:
         check_kernels(
-            n=1000, v=701, d=64, k=77, sharing=sharing, dtype=dtype, popularity=popularity, correct=correct,
+            n=1000, v=701, d=64, k=77, sharing=sharing, dtype=dtype, popularity=popularity, loss=loss,
             device="cuda",
         )  # fmt: skip
     finally:
@@ -223,28 +252,40 @@ def test_kernels(dtype, sharing, popularity, correct, deterministic):
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("scale", [0.05, 1.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize("d", [8, 24, 100, 128, 256, 512])
-def test_dimensions(dtype, sharing, scale, d):
-    check_kernels(n=517, v=300, d=d, k=130, sharing=sharing, dtype=dtype, scale=scale / d**0.25, device="cuda")
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_dimensions(dtype, sharing, scale, d, loss):
+    scale /= d**0.25
+    check_kernels(n=517, v=300, d=d, k=130, sharing=sharing, dtype=dtype, loss=loss, scale=scale, device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_logits_far_from_zero(sharing, loss):
+    """Their standard deviation is 100."""
+    check_kernels(n=517, v=300, d=64, k=130, sharing=sharing, loss=loss, scale=10 / 64**0.25, device="cuda")
 
 
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize(("n", "v", "k"), [(1, 1, 1), (1, 5, 300), (37, 2, 64), (129, 3, 1), (640, 20_000, 511)])
 @pytest.mark.parametrize("padding_idx", [0, 1, None])
-def test_sizes(sharing, n, v, k, padding_idx):
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_sizes(sharing, n, v, k, padding_idx, loss):
     for dtype in (torch.float32, torch.bfloat16):
-        check_kernels(n=n, v=v, k=k, sharing=sharing, dtype=dtype, padding_idx=padding_idx, device="cuda")
+        check_kernels(n=n, v=v, k=k, sharing=sharing, dtype=dtype, padding_idx=padding_idx, loss=loss, device="cuda")
 
 
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_many_negatives(sharing):
-    check_kernels(n=9, v=5000, d=16, k=65_536, sharing=sharing, device="cuda")
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_many_negatives(sharing, loss):
+    check_kernels(n=9, v=5000, d=16, k=65_536, sharing=sharing, loss=loss, device="cuda")
 
 
-def call(hidden, weight, target, **kwargs):
+def call(hidden, weight, target, loss="softmax", **kwargs):
     options = {"num_negatives": 40, "seed": SEED, "backend": "triton", **kwargs}
-    return ops.sampled_cross_entropy(hidden, weight, target, **options)
+    return op(loss)(hidden, weight, target, **options)
 
 
 def gradients(*args, factor=1.0, **kwargs):
@@ -262,8 +303,9 @@ def assert_close(ours, truth, tolerance=2e-6):
 
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_reductions(sharing):
-    check_reductions(sharing, n=400, device="cuda")
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_reductions(loss, sharing):
+    check_reductions(loss, sharing, n=400, device="cuda")
 
 
 @needs_gpu
@@ -283,11 +325,12 @@ def test_strides_and_empty_input(sharing):
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_deterministic_runs_are_bit_equal(sharing, dtype):
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_deterministic_runs_are_bit_equal(loss, sharing, dtype):
     args = problem(n=3000, v=40, d=64, dtype=dtype, device="cuda")
     torch.use_deterministic_algorithms(True)
     try:
-        one, two = (gradients(*args, sharing=sharing) for _ in range(2))
+        one, two = (gradients(*args, loss=loss, sharing=sharing) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(one, two, strict=True):
@@ -297,11 +340,12 @@ def test_deterministic_runs_are_bit_equal(sharing, dtype):
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("d", [64, 256, 512])
-def test_autocast_rounds_rows_and_keeps_gradients_in_fp32(sharing, d):
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_autocast_rounds_rows_and_keeps_gradients_in_fp32(loss, sharing, d):
     hidden, weight, target = problem(n=300, d=d, scale=(64 / d) ** 0.25, device="cuda")
-    rounded = gradients(hidden.bfloat16().float(), weight.bfloat16().float(), target, sharing=sharing)
+    rounded = gradients(hidden.bfloat16().float(), weight.bfloat16().float(), target, loss=loss, sharing=sharing)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        ours = gradients(hidden, weight, target, sharing=sharing)
+        ours = gradients(hidden, weight, target, loss=loss, sharing=sharing)
     assert [tensor.dtype for tensor in ours] == [torch.float32] * 3
     assert_close(ours[:1], rounded[:1])
     assert_close(ours, rounded, tolerance=5e-3)  # probabilities are rounded to bf16 before the products
@@ -309,19 +353,24 @@ def test_autocast_rounds_rows_and_keeps_gradients_in_fp32(sharing, d):
 
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_second_backward_accumulation_and_checkpoint(sharing):
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_second_backward_accumulation_and_checkpoint(loss, sharing):
     hidden, weight, target = problem(n=300, device="cuda")
-    expected = gradients(hidden, weight, target, sharing=sharing)
+    expected = gradients(hidden, weight, target, loss=loss, sharing=sharing)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = call(h, w, target, sharing=sharing)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    call(h, w, target, sharing=sharing).backward()
-    assert_close((loss.detach(), h.grad / 3, w.grad / 3), expected)
+
+    def value(h):
+        return call(h, w, target, loss=loss, sharing=sharing)
+
+    first = value(h)
+    first.backward(retain_graph=True)
+    first.backward()
+    value(h).backward()
+    assert_close((first.detach(), h.grad / 3, w.grad / 3), expected)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = torch.utils.checkpoint.checkpoint(lambda h: call(h, w, target, sharing=sharing), h, use_reentrant=False)
-    loss.backward()
-    assert_close((loss.detach(), h.grad, w.grad), expected)
+    first = torch.utils.checkpoint.checkpoint(value, h, use_reentrant=False)
+    first.backward()
+    assert_close((first.detach(), h.grad, w.grad), expected)
 
 
 @needs_gpu
@@ -336,13 +385,15 @@ def test_only_the_gradients_asked_for(sharing):
 
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_compiled_without_graph_break(sharing):
-    check_compiled(sharing, n=300, device="cuda")
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_compiled_without_graph_break(loss, sharing):
+    check_compiled(loss, sharing, n=300, device="cuda")
 
 
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_captured_in_a_graph(sharing):
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_captured_in_a_graph(loss, sharing):
     """Each replay draws anew, as the seed tensor says."""
     hidden, weight, target = problem(n=300, device="cuda")
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -350,9 +401,9 @@ def test_captured_in_a_graph(sharing):
 
     def step():
         h.grad = w.grad = None
-        loss = call(h, w, target, sharing=sharing, seed=seed)
-        loss.backward()
-        return loss
+        value = call(h, w, target, loss=loss, sharing=sharing, seed=seed)
+        value.backward()
+        return value
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -361,11 +412,12 @@ def test_captured_in_a_graph(sharing):
     graph = torch.cuda.CUDAGraph()
     h.grad = w.grad = None
     with torch.cuda.graph(graph):
-        loss = step()
+        value = step()
     for number in (5, SEED):
         seed.fill_(number)
         graph.replay()
-        assert_close((loss.detach(), h.grad, w.grad), gradients(hidden, weight, target, sharing=sharing, seed=number))
+        expected = gradients(hidden, weight, target, loss=loss, sharing=sharing, seed=number)
+        assert_close((value.detach(), h.grad, w.grad), expected)
 
 
 @needs_gpu

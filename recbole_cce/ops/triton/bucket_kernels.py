@@ -9,8 +9,9 @@ log are in units of log 2 until they are final: exp2 is the instruction that the
 import triton
 import triton.language as tl
 
+from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E
 from recbole_cce.ops.triton.full_kernels import finish, logits
-from recbole_cce.ops.triton.tile_kernels import LN_2, LOG2_E, add_product, add_rows, load_rows, store_rows
+from recbole_cce.ops.triton.tile_kernels import add_product, add_rows, load_rows, store_rows
 
 UNITS_16 = tl.constexpr(14.0)  # fp16 takes probabilities in units in which 1 is 2^14, or small ones would underflow
 

@@ -12,7 +12,8 @@ logit: no maximum is needed as long as the others do not exceed it by a factor b
 import triton
 import triton.language as tl
 
-from recbole_cce.ops.triton.tile_kernels import LN_2, LOG2_E, add_product, load_rows
+from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E, log_1p
+from recbole_cce.ops.triton.tile_kernels import add_product, load_rows
 
 SAFE_MASS = tl.constexpr(2.0**64)  # far below what fp32 and bf16 hold, so that sums of vectors cannot overflow either
 
@@ -117,14 +118,6 @@ def sweep(
         if DIRECTION:
             b_sum = add_product(b_p, b_w, b_sum, PRECISION)
     return b_ref, b_mass, b_sum
-
-
-@triton.jit
-def log_1p(x):
-    """log(1 + x) to the last digits for x >= 0 of any size."""
-    u = 1.0 + x
-    # what rounding 1 + x did to x, it does to u - 1 too; beyond 2^24 the two are x
-    return tl.where(u == 1.0, x, tl.log2(u) * LN_2 * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
 @triton.jit

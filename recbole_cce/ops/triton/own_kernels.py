@@ -1,10 +1,11 @@
-"""CCE- where each position has its own negatives: rows are gathered for one position, or one row of the table."""
+"""CCE- and BCE where each position has its own negatives: gathered for one position, or for one row of the table."""
 
 import triton
 import triton.language as tl
 
+from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E, sigmoid, softplus
 from recbole_cce.ops.triton.negatives import draw_rows, log_k_q, once
-from recbole_cce.ops.triton.tile_kernels import LN_2, LOG2_E, load_rows
+from recbole_cce.ops.triton.tile_kernels import load_rows
 
 
 @triton.jit
@@ -24,6 +25,7 @@ def own_forward_kernel(
     num_items,
     padding_idx,
     log_k,
+    positive_weight,
     stride_hn,
     stride_hd,
     stride_wn,
@@ -35,9 +37,13 @@ def own_forward_kernel(
     DTYPE: tl.constexpr,
     POPULARITY: tl.constexpr,
     CORRECT: tl.constexpr,
+    BINARY: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
-    """One program: one position against its own negatives, which no other position sees."""
+    """One program: one position against its own negatives, which no other position sees.
+
+    BINARY: a sum of softplus, no log-sum-exp.
+    """
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -60,19 +66,30 @@ def own_forward_kernel(
         if CORRECT:
             b_s -= log_k_q(log_q_ptr, b_row, log_k, padding_idx, POPULARITY)
         b_s = tl.where(m_k, b_s, -float("inf"))
-        new = tl.maximum(largest, tl.max(b_s, 0))
-        b_p = tl.exp2(b_s - new)
-        scale = tl.exp2(largest - new)
-        mass = mass * scale + tl.sum(b_p, 0)
-        largest = new
+        if BINARY:
+            b_p = sigmoid(b_s)
+            mass += tl.sum(softplus(b_s), 0)
+        else:
+            new = tl.maximum(largest, tl.max(b_s, 0))
+            b_p = tl.exp2(b_s - new)
+            scale = tl.exp2(largest - new)
+            mass = mass * scale + tl.sum(b_p, 0)
+            largest = new
+            b_sum *= scale
         if DIRECTION:
-            b_sum = b_sum * scale + b_p[:, None] * b_w
+            b_sum += b_p[:, None] * b_w
 
-    total = mass + tl.exp2(own - largest)
-    lse = largest + tl.log2(total)
-    slope = -mass / total
-    tl.store(loss_ptr + i_n, tl.where(y == padding_idx, 0.0, (lse - own) * LN_2))
-    tl.store(lse_ptr + i_n, lse)
+    if BINARY:
+        total = num_negatives + 1.0
+        loss = (mass + positive_weight * softplus(-own)) / total
+        slope = tl.where(y == padding_idx, 0.0, -positive_weight * sigmoid(-own) / total)
+    else:
+        total = mass + tl.exp2(own - largest)
+        lse = largest + tl.log2(total)
+        loss = (lse - own) * LN_2
+        slope = -mass / total
+        tl.store(lse_ptr + i_n, lse)
+    tl.store(loss_ptr + i_n, tl.where(y == padding_idx, 0.0, loss))
     tl.store(slope_ptr + i_n, slope)
     if DIRECTION:
         b_target = tl.load(p_target, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
@@ -140,6 +157,7 @@ def row_weight_gradient_kernel(
     start_ptr,
     grad_w_ptr,
     first,
+    num_negatives,
     padding_idx,
     log_k,
     stride_grad,
@@ -153,6 +171,7 @@ def row_weight_gradient_kernel(
     DTYPE: tl.constexpr,
     POPULARITY: tl.constexpr,
     CORRECT: tl.constexpr,
+    BINARY: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """One program: what the positions that a row of the table is paired with give to it, without atomics.
@@ -180,10 +199,13 @@ def row_weight_gradient_kernel(
             b_s = tl.sum(b_h * b_w[None, :], 1) * LOG2_E
             if CORRECT:
                 b_s -= log_k_q(log_q_ptr, tl.zeros([BP], tl.int32) + i_row, log_k, padding_idx, POPULARITY)
-            b_lse = tl.load(lse_ptr + o_n, mask=m_p, other=0.0)
+            if BINARY:
+                b_p = sigmoid(b_s) / (num_negatives + 1)
+            else:
+                b_p = tl.exp2(b_s - tl.load(lse_ptr + o_n, mask=m_p, other=0.0))
             b_slope = tl.load(slope_ptr + o_n, mask=m_p, other=0.0)
             b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_p, other=0.0).to(tl.float32)
-            b_c = tl.where(m_p, tl.where(m_own, b_slope, tl.exp2(b_s - b_lse)) * b_g, 0.0)
+            b_c = tl.where(m_p, tl.where(m_own, b_slope, b_p) * b_g, 0.0)
             b_sum += b_c[:, None] * b_h
         b_dw = tl.sum(b_sum, 0)
         if ADD:

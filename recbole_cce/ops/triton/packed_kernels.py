@@ -9,7 +9,8 @@ Logits are in units of log 2: exp2 is the instruction that the hardware has. A p
 import triton
 import triton.language as tl
 
-from recbole_cce.ops.triton.tile_kernels import LN_2, add_product, in_matrix, load_rows
+from recbole_cce.ops.triton.exponentials import LN_2
+from recbole_cce.ops.triton.tile_kernels import add_product, in_matrix, load_rows
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is below; minus itself it is 0, as -inf is not
 NOWHERE = tl.constexpr(2**31 - 1)  # the start of the sequence of a place past the last: it sees no key

@@ -1,4 +1,4 @@
-"""CCE-: what launches the kernels, as custom ops with gradients.
+"""CCE- and BCE: what launches the kernels, as custom ops with gradients.
 
 The forward pass also computes the direction of the gradient of each hidden state: d loss_i / d h_i does not depend on
 other positions, so the backward pass only scales it, and never gathers the negatives' vectors for it. For a mean, whose
@@ -72,9 +72,17 @@ def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradien
 
 
 def sampled_cross_entropy(
-    input: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, draws: Draws, number: torch.Tensor | None
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    draws: Draws,
+    number: torch.Tensor | None,
+    positive_weight: float | None = None,
 ) -> torch.Tensor:
-    """[N] losses, zero where target == padding_idx; see ops.sampled_cross_entropy. `number`: of rows of a mean."""
+    """[N] losses, zero where target == padding_idx; see ops.sampled_cross_entropy. `number`: of rows of a mean.
+
+    With a `positive_weight` those of ops.sampled_binary_cross_entropy.
+    """
     seed = draws.seed
     if not isinstance(seed, torch.Tensor):
         seed = torch.full((), seed, dtype=torch.int64, device=input.device)
@@ -92,6 +100,7 @@ def sampled_cross_entropy(
         draws.num_negatives,
         draws.sharing,
         draws.logq_correction,
+        positive_weight,
         draws.padding_idx,
         draws.rounding or torch.promote_types(input.dtype, weight.dtype),
         torch.is_grad_enabled() and input.requires_grad,
@@ -110,12 +119,13 @@ def forward(
     num_negatives: int,
     sharing: str,
     logq_correction: bool,
+    positive_weight: Optional[float],
     padding_idx: Optional[int],
     dtype: torch.dtype,
     with_direction: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [N]; log-sum-exp [N]; slope [N] = d loss / d own logit; direction [N, D] = d loss_i / d input_i
-    times `unit`, or [0]."""
+    times `unit`, or [0]. BCE leaves the log-sum-exp as it is."""
     n, dim = input.shape
     loss, lse, slope = (torch.empty(n, dtype=torch.float32, device=input.device) for _ in range(3))
     direction = torch.empty(input.shape if with_direction else 0, dtype=input.dtype, device=input.device)
@@ -132,10 +142,12 @@ def forward(
         "slope_ptr": slope,
         "direction_ptr": direction,
         "unit_ptr": unit,
-        "num_negatives": num_negatives,
+        "positive_weight": positive_weight or 0.0,
         "stride_y": target.stride(0),
         "DIRECTION": with_direction,
-        **common_options(input, weight, log_probability, num_negatives, logq_correction, padding_idx, dtype),
+        **common_options(
+            input, weight, log_probability, num_negatives, logq_correction, positive_weight, padding_idx, dtype
+        ),
     }
     if sharing == "none":
         draws, num_warps = own_blocks(dim)
@@ -158,6 +170,7 @@ def _(
     num_negatives: int,
     sharing: str,
     logq_correction: bool,
+    positive_weight: float | None,
     padding_idx: int | None,
     dtype: torch.dtype,
     with_direction: bool,
@@ -180,6 +193,7 @@ def weight_gradient(
     num_negatives: int,
     sharing: str,
     logq_correction: bool,
+    positive_weight: Optional[float],
     padding_idx: Optional[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -192,7 +206,6 @@ def weight_gradient(
         "y_ptr": target,
         "seed_ptr": seed,
         "table_ptr": table,
-        "num_negatives": num_negatives,
         "stride_y": target.stride(0),
     }
     common = {
@@ -202,7 +215,9 @@ def weight_gradient(
         "lse_ptr": lse,
         "slope_ptr": slope,
         "stride_grad": grad.stride(0),
-        **common_options(input, weight, log_probability, num_negatives, logq_correction, padding_idx, dtype),
+        **common_options(
+            input, weight, log_probability, num_negatives, logq_correction, positive_weight, padding_idx, dtype
+        ),
     }
     # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
     if sharing == "none":
@@ -248,8 +263,8 @@ def own_weight_gradient(
     Atomics on [V+1, D] would cost several times as much: a row comes up K N / V times, each time in another place.
     """
     num_rows, dim = grad_weight.shape
-    num_negatives = drawing["num_negatives"]
-    drawing |= {name: common[name] for name in ("num_items", "padding_idx", "POPULARITY")}
+    num_negatives = common["num_negatives"]
+    drawing |= {name: common[name] for name in ("num_negatives", "num_items", "padding_idx", "POPULARITY")}
     options = {name: value for name, value in common.items() if name != "num_items"}
     block, num_warps = row_blocks(dim)
     # enough for long runs, while the hidden states of these positions stay in the L2 cache
@@ -300,6 +315,7 @@ def _(
     num_negatives: int,
     sharing: str,
     logq_correction: bool,
+    positive_weight: float | None,
     padding_idx: int | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -308,7 +324,8 @@ def _(
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keep what the gradients need; the direction becomes the gradient of the input in its own memory."""
-    *tensors, ctx.num_negatives, ctx.sharing, ctx.logq_correction, ctx.padding_idx, ctx.dtype, _ = inputs
+    *tensors, num_negatives, sharing, logq_correction, positive_weight, padding_idx, dtype, _ = inputs
+    ctx.options = (num_negatives, sharing, logq_correction, positive_weight, padding_idx, dtype)
     _, lse, slope, ctx.direction = output
     ctx.mark_non_differentiable(lse, slope, ctx.direction)
     ctx.set_materialize_grads(False)  # torch would fill an [N, D] tensor with zeros for the direction
@@ -318,16 +335,15 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     """Scale the directions; sum up the rows of the table."""
     *tensors, unit, lse, slope = ctx.saved_tensors
-    options = (ctx.num_negatives, ctx.sharing, ctx.logq_correction, ctx.padding_idx, ctx.dtype)
     grad_input = grad_weight = None
     if ctx.needs_input_grad[0]:
         if ctx.direction is None:  # a second backward pass through the same graph
-            ctx.direction = forward(*tensors, unit, *options, True)[3]
+            ctx.direction = forward(*tensors, unit, *ctx.options, True)[3]
         grad_input, ctx.direction = ctx.direction, None
         scale_direction(grad_input, grad, unit, None)
     if ctx.needs_input_grad[1]:
-        grad_weight = weight_gradient(grad, *tensors, lse, slope, *options)
-    return grad_input, grad_weight, *[None] * 11
+        grad_weight = weight_gradient(grad, *tensors, lse, slope, *ctx.options)
+    return grad_input, grad_weight, *[None] * 12
 
 
 forward.register_autograd(backward, setup_context=setup_context)
@@ -339,6 +355,7 @@ def common_options(
     log_probability: torch.Tensor | None,
     num_negatives: int,
     logq_correction: bool,
+    positive_weight: float | None,
     padding_idx: int | None,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -347,12 +364,14 @@ def common_options(
     popularity = log_probability is not None
     return {
         "log_q_ptr": log_probability,
+        "num_negatives": num_negatives,
         "num_items": num_items,
         "padding_idx": NO_PADDING if padding_idx is None else padding_idx,
         "log_k": math.log2(num_negatives) - (0 if popularity else math.log2(num_items)),
         **matrix_options(input, weight, dtype),
         "POPULARITY": popularity,
         "CORRECT": logq_correction,
+        "BINARY": positive_weight is not None,
     }
 
 

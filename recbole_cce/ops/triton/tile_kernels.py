@@ -1,15 +1,10 @@
-"""CCE- where positions share tiles of negatives: small dense products on tensor cores.
-
-Logits are in units of log 2 in all kernels: exp2 is the instruction that the hardware has.
-"""
+"""CCE- and BCE where positions share tiles of negatives: small dense products on tensor cores."""
 
 import triton
 import triton.language as tl
 
+from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E, sigmoid, softplus
 from recbole_cce.ops.triton.negatives import draw_rows, log_k_q, once
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -59,6 +54,12 @@ def logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY: tl.const
 
 
 @triton.jit
+def own_weight(b_own, positive_weight):
+    """-d / d own of positive_weight * softplus(-own), but not zero: one divides by it."""
+    return tl.maximum(positive_weight * sigmoid(-b_own), 1e-24)
+
+
+@triton.jit
 def add_product(b_p, b_w, b_sum, PRECISION: tl.constexpr):
     """b_sum + b_p @ b_w, the sum in fp32."""
     if b_w.dtype == tl.float32:
@@ -89,6 +90,7 @@ def tile_forward_kernel(
     num_items,
     padding_idx,
     log_k,
+    positive_weight,
     stride_hn,
     stride_hd,
     stride_wn,
@@ -103,9 +105,12 @@ def tile_forward_kernel(
     PRECISION: tl.constexpr,
     POPULARITY: tl.constexpr,
     CORRECT: tl.constexpr,
+    BINARY: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
     """One program: BM positions of one group against all of its negatives, with an online log-sum-exp.
+
+    BINARY: with a sum of their softplus instead, which is the mass then, and no log-sum-exp.
 
     The targets come last, BK of them at a time, as if they were draws of which a position takes only its own: their
     logits and their share of the direction come out of the same products, and each target is gathered once.
@@ -142,21 +147,30 @@ def tile_forward_kernel(
             b_s = tl.dot(b_h2, tl.trans(b_w2), b_s, input_precision=PRECISION)
         b_s = b_s * LOG2_E - logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY, CORRECT)[None, :]
         b_s = tl.where(b_row[None, :] != b_y[:, None], b_s, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-        b_scale = tl.exp2(b_max - b_new)
-        b_mass = b_mass * b_scale + tl.sum(b_p, 1)
-        b_max = b_new
-        if DIRECTION:
-            b_sum = add_product(b_p, b_w, b_sum * b_scale[:, None], PRECISION)
+        if BINARY:
+            b_p = sigmoid(b_s)
+            b_mass += tl.sum(softplus(b_s), 1)
+        else:
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))
+            b_p = tl.exp2(b_s - b_new[:, None])
+            b_scale = tl.exp2(b_max - b_new)
+            b_mass = b_mass * b_scale + tl.sum(b_p, 1)
+            b_max = b_new
+            b_sum *= b_scale[:, None]
             if HALVES:
-                b_sum2 = add_product(b_p, b_w2, b_sum2 * b_scale[:, None], PRECISION)
+                b_sum2 *= b_scale[:, None]
+        if DIRECTION:
+            b_sum = add_product(b_p, b_w, b_sum, PRECISION)
+            if HALVES:
+                b_sum2 = add_product(b_p, b_w2, b_sum2, PRECISION)
 
-    # from here the sum is the mean of the negatives, then less the target; a mass is at least 1, its largest term, or 0
-    b_scale = 1.0 / tl.maximum(b_mass, 1.0)
-    b_sum *= b_scale[:, None]
-    if HALVES:
-        b_sum2 *= b_scale[:, None]
+    # From here the sum is in units in which the target has weight 1, which is taken off: for a softmax the mean of the
+    # negatives, whose mass is at least 1, its largest term, or 0.
+    if not BINARY:
+        b_scale = 1.0 / tl.maximum(b_mass, 1.0)
+        b_sum *= b_scale[:, None]
+        if HALVES:
+            b_sum2 *= b_scale[:, None]
     b_own = tl.zeros([BM], tl.float32)
     for i_m in range(0, BM, BK):
         o_t = i_m + tl.arange(0, BK)
@@ -171,20 +185,31 @@ def tile_forward_kernel(
             b_s = tl.dot(b_h2, tl.trans(b_w2), b_s, input_precision=PRECISION)
         m_own = o_m[:, None] == o_t[None, :]
         b_own += tl.sum(tl.where(m_own, b_s, 0.0), 1) * LOG2_E
+        if BINARY:
+            m_rows = (o_m >= i_m) & (o_m < i_m + BK)
+            b_scale = tl.where(m_rows, 1.0 / own_weight(b_own, positive_weight), 1.0)
+            b_sum *= b_scale[:, None]
+            if HALVES:
+                b_sum2 *= b_scale[:, None]
         if DIRECTION:
             b_p = tl.where(m_own, -1.0, 0.0)
             b_sum = add_product(b_p, b_w, b_sum, PRECISION)
             if HALVES:
                 b_sum2 = add_product(b_p, b_w2, b_sum2, PRECISION)
 
-    # the negatives' mass is kept apart from the positive's: 1 - p then loses no digit when p is near 1
-    b_new = tl.maximum(b_max, b_own)
-    b_mass *= tl.exp2(b_max - b_new)
-    b_total = b_mass + tl.exp2(b_own - b_new)
-    b_lse = b_new + tl.log2(b_total)
-    b_slope = -b_mass / b_total
-    tl.store(loss_ptr + o_n, tl.where(m_y, (b_lse - b_own) * LN_2, 0.0), mask=m_n)
-    tl.store(lse_ptr + o_n, b_lse, mask=m_n)
+    if BINARY:
+        b_loss = (b_mass + positive_weight * softplus(-b_own)) / (num_negatives + 1)
+        b_slope = -own_weight(b_own, positive_weight) / (num_negatives + 1)
+    else:
+        # the negatives' mass is kept apart from the positive's: 1 - p then loses no digit when p is near 1
+        b_new = tl.maximum(b_max, b_own)
+        b_mass *= tl.exp2(b_max - b_new)
+        b_total = b_mass + tl.exp2(b_own - b_new)
+        b_lse = b_new + tl.log2(b_total)
+        b_loss = (b_lse - b_own) * LN_2
+        b_slope = -b_mass / b_total
+        tl.store(lse_ptr + o_n, b_lse, mask=m_n)
+    tl.store(loss_ptr + o_n, tl.where(m_y, b_loss, 0.0), mask=m_n)
     tl.store(slope_ptr + o_n, tl.where(m_y, b_slope, 0.0), mask=m_n)
     if DIRECTION:
         b_factor = -b_slope * tl.load(unit_ptr) if unit_ptr is not None else -b_slope
@@ -232,6 +257,7 @@ def tile_weight_gradient_kernel(
     PRECISION: tl.constexpr,
     POPULARITY: tl.constexpr,
     CORRECT: tl.constexpr,
+    BINARY: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
     """One program: what BM positions of one group give to the rows of its negatives and of their own targets.
@@ -254,7 +280,8 @@ def tile_weight_gradient_kernel(
     b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_y, other=0.0).to(tl.float32)
     # fp16: in units of the largest upstream gradient, since 1 / N times a probability would underflow
     unit = tl.load(unit_ptr) if unit_ptr is not None else 1.0
-    b_lse = tl.load(lse_ptr + o_n, mask=m_y, other=0.0)
+    if not BINARY:
+        b_lse = tl.load(lse_ptr + o_n, mask=m_y, other=0.0)
 
     b_slope = tl.load(slope_ptr + o_n, mask=m_y, other=0.0) * b_g
     b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE)
@@ -266,6 +293,8 @@ def tile_weight_gradient_kernel(
             add_rows(grad_w_ptr, b_y, b_slope[:, None] * b_h2.to(tl.float32), m_y, BC + o_d, D)
 
     b_g /= unit
+    if BINARY:
+        unit /= num_negatives + 1
     b_y = b_y.to(tl.int32)
     first_draw = i_group.to(tl.int64) * num_negatives
     for i_k in range(0, num_negatives, BK):
@@ -278,7 +307,7 @@ def tile_weight_gradient_kernel(
             b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, BC + o_d, D, DTYPE)
             b_s = tl.dot(b_h2, tl.trans(b_w), b_s, input_precision=PRECISION)
         b_s = b_s * LOG2_E - logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY, CORRECT)[None, :]
-        b_p = tl.exp2(b_s - b_lse[:, None]) * b_g[:, None]
+        b_p = (sigmoid(b_s) if BINARY else tl.exp2(b_s - b_lse[:, None])) * b_g[:, None]
         b_p = tl.trans(tl.where(b_row[None, :] != b_y[:, None], b_p, 0.0).to(DTYPE))
         b_dw = tl.dot(b_p, b_h, input_precision=PRECISION) * unit
         o_share = tl.program_id(0).to(tl.int64) * num_negatives + o_k

@@ -88,6 +88,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours CCE": ("SASRecCCE", {"loss_type": "CCE"}),
     "ours SCE": ("SASRecSCE", {"loss_type": "SCE"}),
     "ours gBCE": ("SASRecCCE", {"loss_type": "gBCE"}),
+    "ours gBCE, plain torch": ("SASRecCCE", {"loss_type": "gBCE", "loss_backend": "torch"}),
     "ours BCE": ("SASRecCCE", {"loss_type": "BCE"}),
     "ours CE-, K=256": ("SASRecCCE", {"loss_type": "CE-", "num_negatives": 256}),
     "ours CE": ("SASRecCCE", {"loss_type": "CE"}),

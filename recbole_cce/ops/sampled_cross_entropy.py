@@ -51,7 +51,8 @@ def sampled_cross_entropy(
         The loss, fp32 (fp64 if an input is fp64).
 
     Dtypes: fp64, fp32, bf16 or fp16 inputs, also mixed. Under autocast their rows are rounded to its dtype as they
-    are read. Logits, log-sum-exp and gradient sums are fp32 (fp64 for fp64); gradients have their input's dtype.
+    are read. Logits, log-sum-exp and gradient sums are fp32 (fp64 for fp64); gradients have their input's dtype. The
+    kernel rounds that of a 16-bit `input` twice where the upstream gradient is not a mean's.
 
     Raises:
         ValueError: a wrong shape, dtype, device, option or, on the CPU, target id; names the argument.

@@ -35,6 +35,7 @@ class GraphedStep:
         self, model: nn.Module, step: Callable[[Interaction], torch.Tensor], rows: int, capacity: Places
     ) -> None:
         self.model = model
+        self.parameters = list(model.parameters())  # to walk through the modules at each step takes long
         self.step = step
         self.rows = rows
         self.capacity = capacity
@@ -58,7 +59,7 @@ class GraphedStep:
             return self.warm_up()
         if self.graph is None:
             self.capture()
-        for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         self.graph.replay()
         return self.loss.clone()
@@ -102,7 +103,7 @@ class GraphedStep:
             self.loss = self.step(self.batch)
         # the capture sets the random seed on its stream; it must not come after the first replay's
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self.gradients = [parameter.grad for parameter in self.model.parameters()]
+        self.gradients = [parameter.grad for parameter in self.parameters]
 
 
 def on_device(interaction: Interaction, device: torch.device) -> Interaction:

@@ -387,13 +387,13 @@ class LeanSequentialDataset(SequentialDataset):
         by_targets = round(TARGETS_PER_BATCH * len(self) / self.n_targets)
         return max(1, by_targets, min(ROWS_PER_BATCH, len(self) // STEPS_PER_EPOCH))
 
-    def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many positions and how many targets each row that makes batches has."""
+    def sizes(self) -> torch.Tensor:
+        """[2, rows]: how many positions and how many targets each row that makes batches has."""
         if self.windows is None:
             length = self.inter_feat[self.item_list_length_field]
-            return length, torch.ones_like(length)
+            return torch.stack([length, torch.ones_like(length)])
         rows = self.inter_feat[self.windows]
-        return rows[self.item_list_length_field], self._target_counts(rows)
+        return torch.stack([rows[self.item_list_length_field], self._target_counts(rows)])
 
     def places(self, batch: Interaction) -> Places:
         """What a batch on the CPU needs."""

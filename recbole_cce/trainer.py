@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import count, islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -206,14 +207,13 @@ class EfficientTrainer(Trainer):
 
     def _batches(self, train_data: Any) -> Iterator[Interaction]:
         """What the loader gives, or only the numbers of its rows, in the same order."""
-        kept = train_data.collate_fn
-        if self.resident is not None:
-            # from a list, NumPy makes an array several times faster than torch a tensor
-            train_data.collate_fn = lambda index: Interaction({ROW_NUMBER: torch.from_numpy(np.array(index)) + 1})
-        try:
-            return iter(train_data)
-        finally:
-            train_data.collate_fn = kept
+        batches = iter(train_data)  # draws a random number; the order only with its first batch
+        if self.resident is None:
+            return batches
+        # not through the loader's lists of numbers, which take as long as a small step
+        order = iter(train_data.sampler)
+        rows = (np.fromiter(islice(order, train_data.batch_size), dtype=np.int64) for _ in count())
+        return (Interaction({ROW_NUMBER: torch.from_numpy(some) + 1}) for some in takewhile(len, rows))
 
     def _places(self, train_data: Any, interaction: Interaction) -> Places:
         """How many positions and targets a batch on the CPU has."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recbole_cce.ops.triton.exponentials import LOG2_E
+
 NO_PADDING = 2**31 - 1  # stands for padding_idx=None in kernels: no row has this number
 
 
@@ -42,6 +44,6 @@ def log_k_q(log_q_ptr, rows, log_k, padding_idx, POPULARITY: tl.constexpr):
     """log2(K q) of drawn rows. `log_k`: log2 K, or log2(K / V) for uniform draws."""
     if POPULARITY:
         item = rows - (rows > padding_idx).to(tl.int32)
-        return tl.load(log_q_ptr + item) * 1.4426950408889634 + log_k
+        return tl.load(log_q_ptr + item) * LOG2_E + log_k
     else:
         return tl.zeros(rows.shape, tl.float32) + log_k

@@ -105,13 +105,13 @@ def ours_sce(problem: Problem, backend: str) -> Callable[[], torch.Tensor]:
 
 def select(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """What SCE of this package does before it computes losses."""
-    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+    from recbole_cce.ops.triton.selection import top_rows
 
     n_buckets, size_x, size_y = problem.shape.buckets
     directions = torch.randn(n_buckets, problem.shape.d, device="cuda").bfloat16()
     return (
-        kernels.top_rows(directions, problem.hidden.detach(), problem.target, size_x, 0),
-        kernels.top_rows(directions, problem.weight.detach(), None, size_y, 0),
+        top_rows(directions, problem.hidden.detach(), problem.target, size_x, 0),
+        top_rows(directions, problem.weight.detach(), None, size_y, 0),
     )
 
 

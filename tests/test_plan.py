@@ -191,14 +191,15 @@ def test_buffers_of_sce_are_what_its_kernel_returns(items):
     """The table is copied where buckets take as many rows as it has."""
     pytest.importorskip("triton")
     from recbole_cce.ops.triton import scalable_cross_entropy
+    from recbole_cce.ops.triton.selection import top_rows
 
     n, shape = 4096, Shape(items=items, length=8, hidden=64)
     with FakeTensorMode():
         hidden, weight, target = torch.empty(n, 64), torch.empty(items + 1, 64), torch.empty(n, dtype=torch.int64)
         copy = weight.bfloat16() if items == 3000 else weight
         directions = torch.empty(int(2 * n**0.5), 64, dtype=torch.bfloat16)
-        positions = scalable_cross_entropy.top_rows(directions, hidden, target, int(2 * n**0.5), 0)
-        chosen = scalable_cross_entropy.top_rows(directions, weight, None, 256, 0)
+        positions = top_rows(directions, hidden, target, int(2 * n**0.5), 0)
+        chosen = top_rows(directions, weight, None, 256, 0)
         loss, _, own, best, peak = scalable_cross_entropy.forward(
             hidden, weight, copy, target, positions, chosen, 0, torch.bfloat16
         )

@@ -38,13 +38,13 @@ def first_by_score(directions, table, candidates, k):
 
 def check_selection(n_buckets, rows, d, k, dtype=torch.float32, with_target=True, device="cpu"):
     """Small integers: products are exact in all dtypes, and equal ones are frequent."""
-    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+    from recbole_cce.ops.triton import selection
 
     generator = torch.Generator().manual_seed(0)
     directions, table = (torch.randint(-3, 4, (n, d), generator=generator).to(device, dtype) for n in (n_buckets, rows))
     target = torch.randint(0, 4, (rows,), generator=generator).to(device)
     candidates = target != 0 if with_target else torch.arange(rows, device=device) != 0
-    ours = kernels.top_rows(directions, table, target if with_target else None, k, 0)
+    ours = selection.top_rows(directions, table, target if with_target else None, k, 0)
     assert torch.equal(ours.long(), first_by_score(directions, table, candidates, k))
 
 
@@ -52,17 +52,17 @@ def check_sample_misleads(rows, k, d=32, better=False, device="cpu"):
     """Rows in the sample score low: more keys than there is memory for reach the bound, and the table is scanned. Or
     high, and fewer than k do."""
     counts = []
-    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+    from recbole_cce.ops.triton import selection
 
-    place = torch.arange(-(-rows // kernels.SPACING))
-    sampled = place * kernels.SPACING + ((place * 2654435761) % 2**32 // 2**16) % kernels.SPACING
+    place = torch.arange(-(-rows // selection.SPACING))
+    sampled = place * selection.SPACING + ((place * 2654435761) % 2**32 // 2**16) % selection.SPACING
     generator = torch.Generator().manual_seed(0)
     table = torch.randint(8, 16, (rows, d), generator=generator)
     table[sampled[sampled < rows]] += 16 if better else -16
     table = table.to(device, torch.float16)
     directions = torch.ones(3, d, device=device, dtype=torch.float16)
     directions[1] = torch.arange(d) % 5 - 2
-    select_kernel = kernels.selection_kernels.select_kernel
+    select_kernel = selection.selection_kernels.select_kernel
 
     def spy(grid, capacity, count_ptr, **options):
         counts.append(((count_ptr[:3, 0] < k) if better else (count_ptr[:3, 0] > capacity)).any())
@@ -72,11 +72,11 @@ def check_sample_misleads(rows, k, d=32, better=False, device="cpu"):
         def __getitem__(self, grid):
             return functools.partial(spy, grid)
 
-    kernels.selection_kernels.select_kernel = Spy()
+    selection.selection_kernels.select_kernel = Spy()
     try:
-        ours = kernels.top_rows(directions, table, None, k, None)
+        ours = selection.top_rows(directions, table, None, k, None)
     finally:
-        kernels.selection_kernels.select_kernel = select_kernel
+        selection.selection_kernels.select_kernel = select_kernel
     assert counts == [True]
     everything = torch.ones(rows, dtype=torch.bool, device=device)
     assert torch.equal(ours.long(), first_by_score(directions, table, everything, k))
@@ -84,13 +84,13 @@ def check_sample_misleads(rows, k, d=32, better=False, device="cpu"):
 
 def check_extreme_scores(device="cpu"):
     """All equal, NaN here and there, nothing but NaN; infinite; no candidate at all."""
-    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+    from recbole_cce.ops.triton import selection
 
     table = torch.zeros(5000, 16, device=device, dtype=torch.float16)
     directions = torch.ones(2, 16, device=device, dtype=torch.float16)
 
     def selected(target=None):
-        return kernels.top_rows(directions, table, target, 5, None if target is None else 0).tolist()
+        return selection.top_rows(directions, table, target, 5, None if target is None else 0).tolist()
 
     assert selected() == [[0, 1, 2, 3, 4]] * 2
     table[7], table[8], table[3000] = torch.nan, -torch.nan, torch.nan
@@ -236,7 +236,7 @@ def test_kernels_in_the_interpreter():
     run_python(
         """
         import torch
-        from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+        from recbole_cce.ops.triton import selection
         from tests.ops import test_scalable_kernels as tests
 
         for with_target in (True, False):
@@ -244,12 +244,12 @@ def test_kernels_in_the_interpreter():
             tests.check_selection(3, 50, 12, 60, with_target=with_target)
             tests.check_selection(70, 4000, 16, 9, torch.float16, with_target=with_target)
         tests.check_extreme_scores()
-        kernels.MIN_CAPACITY = 256
-        kernels.BUFFER_ELEMENTS = 5 * 512  # five directions at a time
+        selection.MIN_CAPACITY = 256
+        selection.BUFFER_ELEMENTS = 5 * 512  # five directions at a time
         tests.check_selection(12, 2000, 12, 50)
         tests.check_sample_misleads(1000, 9)
         tests.check_sample_misleads(1000, 60, better=True)
-        kernels.BUFFER_ELEMENTS = 2**23
+        selection.BUFFER_ELEMENTS = 2**23
 
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
@@ -302,7 +302,7 @@ def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden, ta
     import triton
 
     from recbole_cce.ops.triton import bucket_kernels, selection_kernels
-    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+    from recbole_cce.ops.triton.scalable_blocks import bucket_blocks, score_blocks
 
     types = POINTERS | {"h_ptr": hidden, "grad_h_ptr": hidden, "w_ptr": table, "table_ptr": table}
     itemsize = 2 if table == "*bf16" else 4
@@ -312,10 +312,10 @@ def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden, ta
     }  # fmt: skip
     score = selection_kernels.score_kernel
     launches = [
-        (score, {"MODE": mode, "y_ptr": None}, kernels.score_blocks(dim, 2, itemsize, shared_memory))
+        (score, {"MODE": mode, "y_ptr": None}, score_blocks(dim, 2, itemsize, shared_memory))
         for mode in ("sample", "reach", "all")
     ] + [
-        (getattr(bucket_kernels, f"{name}_kernel"), {}, kernels.bucket_blocks(dim, 2, itemsize, shared_memory, kind))
+        (getattr(bucket_kernels, f"{name}_kernel"), {}, bucket_blocks(dim, 2, itemsize, shared_memory, kind))
         for kind, name in (
             ("loss", "bucket_loss"),
             ("input", "bucket_input_gradient"),
@@ -340,18 +340,18 @@ def test_kernels_fit_in_shared_memory(dim, capability, shared_memory, hidden, ta
 def test_sample_fits_in_memory():
     """Each group of sampled rows has a place for its key, and there are enough groups for a bound."""
     pytest.importorskip("triton")
-    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+    from recbole_cce.ops.triton import selection
 
     for k in (1, 5, 256, 882, 5000):
-        least = max(kernels.MIN_CAPACITY, kernels.SPARE * k)
+        least = max(selection.MIN_CAPACITY, selection.SPARE * k)
         for rows in (least + 1, 3 * least, 100_000, 1_600_000, 2**31 - 1):
             for block in (16, 64, 128):
-                capacity = max(kernels.MIN_CAPACITY, kernels.SPARE * k, -(-rows // (kernels.SPACING * block)))
+                capacity = max(selection.MIN_CAPACITY, selection.SPARE * k, -(-rows // (selection.SPACING * block)))
                 if rows > capacity:
-                    programs, group = kernels.sampling(rows, capacity, block)
+                    programs, group = selection.sampling(rows, capacity, block)
                     groups = programs * (block // group)
-                    assert group <= block and programs * block * kernels.SPACING >= rows
-                    assert kernels.place_of_bound(k) <= groups <= capacity
+                    assert group <= block and programs * block * selection.SPACING >= rows
+                    assert selection.place_of_bound(k) <= groups <= capacity
 
 
 # On a GPU
@@ -372,11 +372,11 @@ def test_selection(n_buckets, rows, d, k, dtype, with_target):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_selection_of_real_numbers(dtype):
     """Rows in the order of fp64 scores, but for those within the rounding of a sum in fp32."""
-    from recbole_cce.ops.triton import scalable_cross_entropy as kernels
+    from recbole_cce.ops.triton import selection
 
     generator = torch.Generator("cuda").manual_seed(0)
     directions, table = (torch.randn(n, 128, generator=generator, device="cuda").to(dtype) for n in (100, 200_000))
-    ours = kernels.top_rows(directions, table, None, 500, None).long()
+    ours = selection.top_rows(directions, table, None, 500, None).long()
     assert (ours.diff(dim=1) > 0).all() and (ours >= 0).all()
     scores = directions.double() @ table.double().T
     assert (scores.gather(1, ours) >= scores.topk(500).values[:, -1:] - 1e-4).all()

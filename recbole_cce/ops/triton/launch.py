@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+BUFFER_ELEMENTS = 2**23  # fp32 numbers, or keys of twice the size, that are held at a time
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -23,6 +24,12 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 2**17  # the interpreter
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of the GPU; a few in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def precision() -> str:

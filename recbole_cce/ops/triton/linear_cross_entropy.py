@@ -15,7 +15,7 @@ import triton
 
 from recbole_cce.ops.triton.direction import scale_direction
 from recbole_cce.ops.triton.full_kernels import full_combine_kernel, full_forward_kernel, full_weight_gradient_kernel
-from recbole_cce.ops.triton.launch import matrix_options, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import matrix_options, num_processors, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
 
 try:
@@ -89,12 +89,6 @@ def num_splits(blocks: int, processors: int, most: int) -> int:
     most = max(1, min(most, MAX_SPLITS, -(-8 * processors // blocks)))
     # waves of programs, each a 1 / splits of a block's work, and what starting and adding up a split costs
     return min(range(1, most + 1), key=lambda splits: -(-blocks * splits // processors) / splits * (1 + splits / 64))
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of the GPU; a few in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def descriptor(matrix: torch.Tensor, rows: int, dtype: torch.dtype) -> Any:

@@ -15,12 +15,10 @@ import triton
 from recbole_cce.ops.negatives import Popularity, num_groups
 from recbole_cce.ops.reference.sampled_cross_entropy import Draws
 from recbole_cce.ops.triton.direction import scale_direction
-from recbole_cce.ops.triton.launch import matrix_options, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel
 from recbole_cce.ops.triton.tile_kernels import tile_forward_kernel, tile_weight_gradient_kernel
-
-BUFFER_ELEMENTS = 2**23  # fp32 numbers that the deterministic path holds at a time
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class EfficientTrainer(Trainer):
         return loss.detach()
 
     def _make_resident(self, train_data: Any) -> None:
-        """Put the training data into the memory of the GPU, where batches are then made, if they fit easily.
+        """Count the training data; put them into the memory of the GPU, where batches are then made, if they fit well.
 
         A data set of one's own that makes its rows in another way, and worker processes, make them on the CPU.
         """

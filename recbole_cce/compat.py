@@ -406,20 +406,15 @@ def quiet_warnings() -> str | None:
     return "warnings of pandas and torch about RecBole's code are off"
 
 
-def download_barrier() -> str | None:
-    """Let a single process download a data set: RecBole ends it with torch.distributed.barrier() (#1989, #2050)."""
-    from recbole.data.dataset.dataset import Dataset
+def whole_downloads() -> str:
+    """Download data sets whole or not at all, in one of several processes; without a group, too (#1989, #2050)."""
+    from recbole.data.dataset import Dataset
 
-    original = Dataset._download
+    from recbole_cce import downloads
 
-    def download(self: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return original(self)
-        with _swapped(torch.distributed, "barrier", lambda *args, **kwargs: None):
-            return original(self)
-
-    Dataset._download = download
-    return "downloads finish in a single process without a process group"
+    Dataset._load_data = downloads.load_data
+    Dataset._download = downloads.download
+    return "data sets are downloaded beside their folder, checked and renamed, by one process"
 
 
 def download_prompt() -> str | None:
@@ -471,7 +466,7 @@ REPAIRS: list[Callable[[], str | None]] = [
     token_tables,
     pandas_fill_nan,
     pandas_sequence_lengths,
-    download_barrier,
+    whole_downloads,
     download_prompt,
     folders_of_workers,
     collector_keeps_counters,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_cce import data_cache
+from recbole_cce import data_cache, downloads
 from recbole_cce.data_rows import TARGET_ROW, Gathered, Rows
 from recbole_cce.errors import UserError
 
@@ -131,8 +130,7 @@ class LeanSequentialDataset(SequentialDataset):
     def _from_scratch(self) -> None:
         """As RecBole's, or from the copy that an earlier run left (`cache_data`)."""
         self._get_preset()
-        if not os.path.exists(self.dataset_path):
-            self._download()
+        downloads.ensure(self)
         # a subclass may keep more than the cache holds
         cache = data_cache.of(self) if type(self) is LeanSequentialDataset else None
         if cache is None:

@@ -44,7 +44,7 @@ def remove_parts(file: Path) -> None:
                 part.unlink()
 
 
-def lock(stream: IO, wait: bool = True) -> bool:
+def lock(stream: IO | int, wait: bool = True) -> bool:
     """Lock a file until it is closed or the process ends; False where another process has it, or there are no locks."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

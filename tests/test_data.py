@@ -473,7 +473,7 @@ def test_time_not_loaded(tmp_path):
 
 
 def test_text_in_a_number_column(tmp_path):
-    with pytest.raises(ValueError, match=r"bad\.inter cannot be read: .*timestamp"):
+    with pytest.raises(ValueError, match=r"bad\.inter: line 27 has 'yesterday' in the column 'timestamp'"):
         read(tmp_path, HEADER, [*ROWS, ("u1", "i1", "yesterday")])
 
 

@@ -60,7 +60,7 @@ def counted(values: Any = ()) -> Counter:
 
 def in_order(numbers: torch.Tensor) -> torch.Tensor:
     """Integers in the order of the doubles: torch sorts integers by radix, several times as fast."""
-    bits = (numbers + 0.0).view(torch.int64)  # -0.0, which equals 0.0, becomes it
+    bits = (numbers.double() + 0.0).view(torch.int64)  # -0.0, which equals 0.0, becomes it
     return bits ^ ((bits >> 63) & (2**63 - 1))  # the bits of a negative one count down
 
 
@@ -228,17 +228,28 @@ class LeanSequentialDataset(SequentialDataset):
             return number, rows[self.item_id_list_field][number, place]
         return self.items_before(rows[TARGET_ROW])
 
-    def latest(self, users: torch.Tensor) -> Interaction:
-        """A row for each of `users` [U], as a test row of the next interaction would be: its list holds the last items.
+    def history_lengths(self, users: torch.Tensor) -> torch.Tensor:
+        """How many interactions each of `users` [U] has: none, where only a file of users names it.
 
         Raises:
             UserError: the interactions come from pre-split benchmark files.
         """
         if self.flat is None:
             raise UserError("benchmark_filename: pre-split files do not tell a user's last interactions")
-        uid = self.flat[self.uid_field]
-        first, end = torch.searchsorted(uid, users), torch.searchsorted(uid, users, right=True)
-        length = (end - first).clamp(max=self.max_item_list_len)
+        return self.flat[self.uid_field].bincount(minlength=self.user_num)[users]
+
+    def latest(self, users: torch.Tensor) -> Interaction:
+        """A row for each of `users` [U], as a test row of the next interaction would be: its list holds the last items.
+
+        Raises:
+            UserError: as history_lengths().
+            ValueError: a user has no interaction.
+        """
+        count = self.history_lengths(users)
+        if not count.all():
+            raise ValueError(f"user {int(users[count == 0][0])} has no interaction")
+        end = torch.searchsorted(self.flat[self.uid_field], users, right=True)
+        length = count.clamp(max=self.max_item_list_len)
         rows = Interaction({self.uid_field: users, self.item_list_length_field: length, TARGET_ROW: end})
         listed = self._with_lists(rows, self.max_item_list_len)
         listed.update(Interaction({TARGET_ROW: end}))

@@ -52,9 +52,10 @@ def download(self: Any) -> None:
         UserError: RecBole does not know the data set, or its address gives no archive of one.
         ConnectionError: there is no connection, or not to the end.
     """
-    address, folder = self._get_download_url("url", allow_none=True), Path(self.dataset_path)
-    if address is None:
-        raise UserError(f"dataset: there is no folder {folder}, nor does RecBole know {self.dataset_name!r}")
+    try:
+        address, folder = self._get_download_url("url"), Path(self.dataset_path)
+    except ValueError as error:
+        raise UserError(f"dataset: {error}") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.parent) as alone:
         if _is_there(folder):

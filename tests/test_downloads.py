@@ -129,7 +129,7 @@ def test_a_page_of_unknown_length(tmp_path, archive, monkeypatch):
 
 
 def test_a_data_set_that_nobody_knows(tmp_path):
-    with pytest.raises(UserError, match=r"dataset: there is no folder .*unknown, nor does RecBole know 'unknown'"):
+    with pytest.raises(UserError, match=r"dataset: Neither .*unknown\] exists .* nor \[unknown\] a known dataset name"):
         create_dataset(Config("SASRecCCE", "unknown", config_dict={"data_path": str(tmp_path / "data"), "gpu_id": ""}))
 
 

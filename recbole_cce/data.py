@@ -285,18 +285,12 @@ class LeanSequentialDataset(SequentialDataset):
         listed.update(Interaction({TARGET_ROW: end}))
         return listed
 
-    def last_rows(self, limit: int) -> Interaction:
-        """The last row of each user of a training split, or of `limit` random users, always the same ones."""
-        uid = self.inter_feat[self.uid_field]
-        order = torch.arange(len(uid))
-        if TARGET_ROW in self.inter_feat:
-            order = self.inter_feat[TARGET_ROW].argsort()
-        last = torch.full((self.user_num,), -1)
-        last[uid[order]] = order  # of equal users the last one stays
-        last = last[last >= 0]
-        if len(last) > limit:
-            last = last[torch.randperm(len(last), generator=torch.Generator().manual_seed(0))[:limit]]
-        rows = self.inter_feat[last.numpy()]
+    def some_targets(self, limit: int) -> Interaction:
+        """Rows of at most `limit` random targets of a training split, always the same ones."""
+        number = torch.arange(len(self.inter_feat))
+        if len(number) > limit:
+            number = torch.randperm(len(number), generator=torch.Generator().manual_seed(0))[:limit]
+        rows = self.inter_feat[number.numpy()]
         listed = self._with_lists(rows, self.max_item_list_len)
         if TARGET_ROW in rows:
             listed.update(Interaction({TARGET_ROW: rows[TARGET_ROW]}))

@@ -319,19 +319,24 @@ class EfficientTrainer(Trainer):
             )
 
     @torch.no_grad()
-    def _fit_repeats(self) -> None:
-        """Fit the model's `repeat_bias` to the last training targets of users, as `repeat_bias` says."""
+    def _fit_repeats(self, limit: int) -> None:
+        """Fit the model's `repeat_bias` to `limit` training targets, in the mode in which their loss was made small.
+
+        Without dropout a model is surer of itself, and its numbers would answer that too.
+        """
         if self.config["repeat_bias"] == "none" or self.config["exclude_seen"] or self.trained is None:
             return
-        self.model.eval()
-        rows = self.trained.last_rows(repeats.ROWS)
+        self.model.train()
+        rows = self.trained.some_targets(limit)
         target = rows[self.trained.iid_field].to(self.device)
-        vectors = user_vectors(self.model, rows)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config["seed"])
+            vectors = user_vectors(self.model, rows)
         self.model.repeat_bias = repeats.fit(self.model, vectors, target, self.trained.history(rows))
         self.logger.info(set_color("own items", "blue") + f": {repeats.described(self.model.repeat_bias)}")
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
-        self._fit_repeats()
+        self._fit_repeats(min(repeats.ROWS, valid_data.sample_size))  # takes as long as the validation at most
         score, result = super()._valid_epoch(valid_data, show_progress)
         # RecBole saves a checkpoint when this result is the best, before it calls it so
         self.valid_result = dict(result)

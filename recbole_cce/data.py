@@ -26,6 +26,7 @@ from recbole.utils import FeatureSource, FeatureType
 from recbole_cce import data_cache, downloads
 from recbole_cce.data_rows import TARGET_ROW, Gathered, Rows
 from recbole_cce.errors import UserError
+from recbole_cce.history import History, UserHistories, listed
 
 # of train_batch_size: auto. With RecBole's default of 2,048, small data sets need more epochs to as good a model.
 TARGETS_PER_BATCH = 1024
@@ -180,6 +181,7 @@ class LeanSequentialDataset(SequentialDataset):
         """Replace the interactions by rows: each interaction but a user's first is the target of one."""
         self._aug_presets()
         self.flat = self.inter_feat
+        self.histories = UserHistories(self.flat[self.uid_field], self.flat[self.iid_field])
         self.list_fields = {
             getattr(self, f"{field}_list_field"): field for field in self.flat if field != self.uid_field
         }
@@ -214,19 +216,18 @@ class LeanSequentialDataset(SequentialDataset):
         rows = self._with_lists(of_index, self.max_item_list_len)
         if self.windows is not None:
             rows.update(Interaction({TARGET_COUNT: self._target_counts(rows)}))
-        elif self.config["exclude_seen"] and TARGET_ROW in of_index:
+        elif (self.config["exclude_seen"] or self.config["repeat_bias"] != "none") and TARGET_ROW in of_index:
             rows.update(Interaction({TARGET_ROW: of_index[TARGET_ROW]}))
         return self.join(rows) if join else rows
 
-    def seen(self, rows: Interaction) -> tuple[torch.Tensor, torch.Tensor]:
-        """[P] numbers of rows of a batch and [P] items that their users had before the target, however long ago.
+    def history(self, rows: Interaction) -> History:
+        """What the users of a batch had before the target, however long ago.
 
         Pre-split benchmark files show no more than the row's own list.
         """
         if TARGET_ROW not in rows:
-            number, place = rows[self.item_id_list_field].nonzero(as_tuple=True)
-            return number, rows[self.item_id_list_field][number, place]
-        return self.items_before(rows[TARGET_ROW])
+            return listed(rows[self.item_id_list_field], rows[self.item_list_length_field])
+        return self.histories.before(rows[TARGET_ROW])
 
     def history_lengths(self, users: torch.Tensor) -> torch.Tensor:
         """How many interactions each of `users` [U] has: none, where only a file of users names it.
@@ -255,15 +256,16 @@ class LeanSequentialDataset(SequentialDataset):
         listed.update(Interaction({TARGET_ROW: end}))
         return listed
 
-    def items_before(self, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of rows `end` [N] of the flat table (or one past a user's last): [P] numbers 0 to N - 1 and [P] items of
-        the same user that come before."""
-        uid = self.flat[self.uid_field]
-        first = torch.searchsorted(uid, uid[end - 1])
-        count = end - first
-        number = torch.arange(len(end)).repeat_interleave(count)
-        place = torch.arange(len(number)) - (count.cumsum(0) - count - first)[number]
-        return number, self.flat[self.iid_field][place]
+    def some_targets(self, limit: int) -> Interaction:
+        """Rows of at most `limit` random targets of a training split, always the same ones."""
+        number = torch.arange(len(self.inter_feat))
+        if len(number) > limit:
+            number = torch.randperm(len(number), generator=torch.Generator().manual_seed(0))[:limit]
+        rows = self.inter_feat[number.numpy()]
+        listed = self._with_lists(rows, self.max_item_list_len)
+        if TARGET_ROW in rows:
+            listed.update(Interaction({TARGET_ROW: rows[TARGET_ROW]}))
+        return listed
 
     def __len__(self) -> int:
         return len(self.inter_feat if self.windows is None else self.windows)

@@ -12,9 +12,6 @@ from recbole.utils import FeatureType
 
 from recbole_cce.data_columns import is_presplit
 
-_set_alias = Dataset._set_alias
-_init_alias = Dataset._init_alias
-
 
 def remap(self: Any, remap_list: list[tuple[pd.DataFrame, str, FeatureType]]) -> None:
     """Dataset._remap: columns that share ids become numbers, in the order in which their tokens appear, from 1 on.
@@ -56,7 +53,7 @@ def unpacked(text: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def set_alias(self: Any, alias_name: str, default_value: list[str | None]) -> None:
     """SequentialDataset._set_alias: the fields that share ids and, in pre-split files, their lists."""
-    _set_alias(self, alias_name, default_value)
+    Dataset._set_alias(self, alias_name, default_value)
     if is_presplit(self):
         fields = self.alias[alias_name].tolist()
         lists = [field + self.config["LIST_SUFFIX"] for field in fields]
@@ -72,4 +69,4 @@ def init_alias(self: Any) -> None:
             list_field = field + self.config["LIST_SUFFIX"]
             if list_field in self.field2type and not {field, list_field} & said:
                 self._set_alias(field, [field])
-    _init_alias(self)
+    Dataset._init_alias(self)

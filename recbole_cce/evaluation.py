@@ -14,6 +14,9 @@ from recbole.data.interaction import Interaction
 from recbole.evaluator import collector as recbole_collector
 from torch import nn
 
+from recbole_cce.history import History
+from recbole_cce.repeats import age_group
+
 PER_ROW = ("rec.items", "rec.topk", "rec.meanrank")  # what ranking metrics are computed from
 # Numbers of one tensor held at a time, 256 MiB in fp32: scores with eval_chunk_items: auto, and inner states of the
 # encoder. A few of them live at a time, so that 2 GiB are enough whatever the numbers of users and items.
@@ -32,7 +35,7 @@ def chunked_topk(
     k: int,
     chunk_items: int,
     padding_idx: int = 0,
-    seen: tuple[torch.Tensor, torch.Tensor] | None = None,
+    added: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact top-k items of each row of `hidden` by inner product, never holding more than one chunk of scores.
 
@@ -41,7 +44,8 @@ def chunked_topk(
         weight: [V+1, D] item table; row `padding_idx` comes after all others.
         k: number of items per user, at most V.
         chunk_items: items scored at a time.
-        seen: rows of `hidden` and of `weight` [P] each, pairs that come after all other items, or None.
+        added: rows of `hidden` and of `weight` [P] each, different pairs, and what is added to their scores [P]; with
+            -inf they come after all other items. None adds nothing.
 
     Returns:
         [users, k] scores and [users, k] int64 row numbers of `weight`, best first; the scores of what comes last are
@@ -50,18 +54,18 @@ def chunked_topk(
     best_scores = hidden.new_empty(hidden.size(0), 0)
     best_items = torch.empty(hidden.size(0), 0, dtype=torch.int64, device=hidden.device)
     starts = range(0, weight.size(0), chunk_items)
-    if seen is not None:
-        seen_items, order = seen[1].sort()
-        seen_users = seen[0][order]
-        bounds = torch.tensor([*starts, weight.size(0)], device=seen_items.device)
-        bounds = torch.searchsorted(seen_items, bounds).tolist()
+    if added is not None:
+        added_items, order = added[1].sort()
+        added_users, addends = added[0][order], added[2][order]
+        bounds = torch.tensor([*starts, weight.size(0)], device=added_items.device)
+        bounds = torch.searchsorted(added_items, bounds).tolist()
     for i, start in enumerate(starts):
         scores = hidden @ weight[start : start + chunk_items].T
         if start <= padding_idx < start + chunk_items:
             scores[:, padding_idx - start] = -torch.inf
-        if seen is not None:
+        if added is not None:
             pairs = slice(bounds[i], bounds[i + 1])
-            scores[seen_users[pairs], seen_items[pairs] - start] = -torch.inf
+            scores[added_users[pairs], added_items[pairs] - start] += addends[pairs]
         scores, items = scores.topk(min(k, scores.size(1)), dim=1)
         best_scores = torch.cat([best_scores, scores], dim=1)
         best_items = torch.cat([best_items, items + start], dim=1)
@@ -75,21 +79,34 @@ def top_items(
     rows: Interaction,
     k: int,
     chunk_items: int | str,
-    seen: tuple[torch.Tensor, torch.Tensor] | None,
+    history: History | None,
+    exclude_seen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """chunked_topk() for the lists of a batch, which is on the CPU as `seen` is; chunk_items: eval_chunk_items."""
-    device = model.item_embedding.weight.device
-    items, lengths = (rows[field].to(device) for field in (model.ITEM_SEQ, model.ITEM_SEQ_LEN))
-    users = max(1, SCORE_ELEMENTS // (items.size(1) * 4 * model.item_embedding.embedding_dim))
-    parts = zip(items.split(users), lengths.split(users), strict=True)
-    hidden = torch.cat([model.forward(*part) for part in parts])
+    """chunked_topk() for the lists of a batch, which is on the CPU as `history` is; chunk_items: eval_chunk_items.
+
+    Items of the history, where it is given, get the model's `repeat_bias`, or come last with `exclude_seen`.
+    """
+    hidden = user_vectors(model, rows)
+    if history is not None:
+        addends = model.repeat_bias[age_group(history.age)]
+        if exclude_seen:
+            addends = torch.full_like(addends, -torch.inf)
+        added = tuple(part.to(hidden.device) for part in (history.row, history.item, addends))
     return chunked_topk(
         hidden,
         model.item_embedding.weight,
         k,
         auto_chunk_items(len(hidden)) if chunk_items == "auto" else chunk_items,
-        seen=seen and tuple(part.to(device) for part in seen),
+        added=None if history is None else added,
     )
+
+
+def user_vectors(model: nn.Module, rows: Interaction) -> torch.Tensor:
+    """[users, D] hidden states after the lists of a batch, which is on the CPU; some rows at a time."""
+    device = model.item_embedding.weight.device
+    items, lengths = (rows[field].to(device) for field in (model.ITEM_SEQ, model.ITEM_SEQ_LEN))
+    users = max(1, SCORE_ELEMENTS // (items.size(1) * 4 * model.item_embedding.embedding_dim))
+    return torch.cat([model.forward(*part) for part in zip(items.split(users), lengths.split(users), strict=True)])
 
 
 def auto_chunk_items(users: int) -> int:

@@ -37,8 +37,12 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_parts(file: Path) -> None:
-    """Remove what writers of `file` left behind that were killed. Those at work hold a lock; without locks, none is."""
-    for part in file.parent.glob(f".{glob.escape(file.name)}.*[0-9]"):
+    """Remove what writers of `file` left behind that were killed; its name `*` stands for all files of the folder.
+
+    Those at work hold a lock; without locks, none is removed.
+    """
+    name = "*" if file.name == "*" else glob.escape(file.name)
+    for part in file.parent.glob(f".{name}.{'[0-9]' * 30}*"):
         with contextlib.suppress(OSError), open(part, "rb+") as stream:
             if lock(stream, wait=False):
                 part.unlink()
@@ -56,7 +60,7 @@ def lock(stream: IO | int, wait: bool = True) -> bool:
 def _new_part(file: Path) -> tuple[Path, BinaryIO, bool]:
     """An empty part, its stream and whether that is locked."""
     while True:
-        part = file.with_name(f".{file.name}.{uuid.uuid4().int}")
+        part = file.with_name(f".{file.name}.{uuid.uuid4().int:039}")
         stream = open(part, "xb")  # noqa: SIM115  the caller closes it
         locked = lock(stream)
         if os.fstat(stream.fileno()).st_nlink:  # nobody removed it before it was locked

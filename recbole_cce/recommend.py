@@ -125,8 +125,9 @@ def recommendations(
     progress = tqdm(batches, ncols=100, desc=set_color("Recommend", "pink"), disable=not config["show_progress"])
     for batch in progress:
         rows = dataset.latest(batch)
-        seen = dataset.seen(rows) if exclude_seen else None
-        scores, items = (part.cpu() for part in top_items(model, rows, k, config["eval_chunk_items"], seen))
+        history = dataset.history(rows)
+        top = top_items(model, rows, k, config["eval_chunk_items"], history, exclude_seen)
+        scores, items = (part.cpu() for part in top)
         left = scores > -torch.inf
         row, rank = left.nonzero(as_tuple=True)
         yield pd.DataFrame(

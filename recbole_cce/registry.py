@@ -21,6 +21,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 
 from recbole_cce import settings
 from recbole_cce.data import LeanSequentialDataset
+from recbole_cce.models.cooccurrence import Cooccurrence, CooccurrenceTrainer
 from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE
 from recbole_cce.trainer import EfficientTrainer
 
@@ -100,6 +101,7 @@ def register_builtin() -> None:
     Config._load_internal_config_dict = load_internal_config_dict
     for model in (SASRecCCE, SASRecSCE):
         register_model(model)
+    register_model(Cooccurrence, trainer=CooccurrenceTrainer)
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:

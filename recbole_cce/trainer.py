@@ -17,11 +17,11 @@ from torch import distributed, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_cce import checkpoints, out_of_memory
+from recbole_cce import checkpoints, out_of_memory, repeats
 from recbole_cce.compat import checkpoint_state, share_file_name
 from recbole_cce.cuda_graph import GraphedStep, on_device
 from recbole_cce.data import ROW_NUMBER, LeanSequentialDataset, Places
-from recbole_cce.evaluation import TopK, auto_chunk_items, top_items
+from recbole_cce.evaluation import TopK, auto_chunk_items, top_items, user_vectors
 from recbole_cce.files import remove_parts
 from recbole_cce.layers import packs
 from recbole_cce.ops.backend import triton_unavailable
@@ -318,7 +318,25 @@ class EfficientTrainer(Trainer):
                 "goes on with others"
             )
 
+    @torch.no_grad()
+    def _fit_repeats(self, limit: int) -> None:
+        """Fit the model's `repeat_bias` to `limit` training targets, in the mode in which their loss was made small.
+
+        Without dropout a model is surer of itself, and its numbers would answer that too.
+        """
+        if self.config["repeat_bias"] == "none" or self.config["exclude_seen"] or self.trained is None:
+            return
+        self.model.train()
+        rows = self.trained.some_targets(limit)
+        target = rows[self.trained.iid_field].to(self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config["seed"])
+            vectors = user_vectors(self.model, rows)
+        self.model.repeat_bias = repeats.fit(self.model, vectors, target, self.trained.history(rows))
+        self.logger.info(set_color("own items", "blue") + f": {repeats.described(self.model.repeat_bias)}")
+
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
+        self._fit_repeats(min(repeats.ROWS, valid_data.sample_size))  # takes as long as the validation at most
         score, result = super()._valid_epoch(valid_data, show_progress)
         # RecBole saves a checkpoint when this result is the best, before it calls it so
         self.valid_result = dict(result)
@@ -413,8 +431,16 @@ class EfficientTrainer(Trainer):
         if self.eval_collector.needs_scores():
             return super()._full_sort_batch_eval(batched_data)
         interaction, _, positive_u, positive_i = batched_data
-        seen = self.evaluated.seen(interaction) if self.config["exclude_seen"] else None
-        _, items = top_items(self.model, interaction, max(self.config["topk"]), self.config["eval_chunk_items"], seen)
+        exclude_seen = self.config["exclude_seen"]
+        with_history = exclude_seen or self.config["repeat_bias"] != "none"
+        _, items = top_items(
+            self.model,
+            interaction,
+            max(self.config["topk"]),
+            self.config["eval_chunk_items"],
+            self.evaluated.history(interaction) if with_history else None,
+            exclude_seen,
+        )
         return interaction, TopK(items), positive_u, positive_i
 
 

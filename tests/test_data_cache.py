@@ -274,7 +274,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_copy(monkeypatch, tiny_c
 def test_what_a_killed_writer_left_is_removed(tiny_config, written_again):
     folder = Path(tiny_config["data_path"]) / "tiny"
     load(**tiny_config)
-    (folder / f".{NAME}.123").write_bytes(b"half of it")
+    (folder / f".{NAME}.{1:039}").write_bytes(b"half of it")
     load(**tiny_config, **{"user_inter_num_interval": "[6,inf)"} if written_again else {})
     assert sorted(file.name for file in folder.iterdir()) == [NAME, "tiny.inter"]
 

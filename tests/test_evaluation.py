@@ -188,13 +188,16 @@ def test_topk_without_seen_items(chunk):
     seen[3], seen[4] = True, False
     scores = (hidden @ weight.T).masked_fill(seen, -torch.inf)
     scores[:, 0] = -torch.inf
-    top, items = chunked_topk(hidden, weight, 10, chunk, seen=seen.nonzero(as_tuple=True))
+    pairs = seen.nonzero(as_tuple=True)
+    last = torch.full((len(pairs[0]),), -torch.inf, dtype=torch.double)
+    top, items = chunked_topk(hidden, weight, 10, chunk, added=(*pairs, last))
     torch.testing.assert_close(top, scores.topk(10).values)
     unseen = torch.arange(20) != 3
     assert torch.equal(items[unseen], scores.topk(10).indices[unseen])
     nothing = torch.empty(0, dtype=torch.int64)
+    added = (nothing, nothing, torch.empty(0, dtype=torch.double))
     assert torch.equal(
-        chunked_topk(hidden, weight, 10, chunk, seen=(nothing, nothing))[1], chunked_topk(hidden, weight, 10, chunk)[1]
+        chunked_topk(hidden, weight, 10, chunk, added=added)[1], chunked_topk(hidden, weight, 10, chunk)[1]
     )
 
 

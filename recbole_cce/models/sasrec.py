@@ -18,8 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.data import TARGET_COUNT, Places
+from recbole_cce.history import listed
 from recbole_cce.layers import Packing, encode, encode_original, fuse_gelu, pack, packs
 from recbole_cce.losses import LOSSES
+from recbole_cce.repeats import AGES, age_group
 
 TRAINED_SHARE = 0.9  # of the positions; a loss then passes over the others sooner than a copy without them is made
 
@@ -53,7 +55,10 @@ class EfficientSASRec(SASRec):
         self.compiled = False  # set by the trainer: whether training steps encode with torch.compile
         self.loss: nn.Module = LOSSES[self.loss_type](config, item_counts(dataset))
         self.catalogue = fingerprint(dataset.field2id_token[self.ITEM_ID])
-        self.other_parameter_name = ["catalogue"]
+        # added to the scores of items of the user's own history, by age; not a parameter, so that state dicts stay
+        # those of RecBole's SASRec
+        self.repeat_bias = torch.zeros(len(AGES))
+        self.other_parameter_name = ["catalogue", "repeat_bias"]
 
     def hidden_states(
         self, item_seq: torch.Tensor, lengths: torch.Tensor
@@ -94,6 +99,22 @@ class EfficientSASRec(SASRec):
         """[B, L] items and [B] lengths -> [B, D] hidden states of the last positions."""
         hidden, where, _ = self.hidden_states(item_seq, item_seq_len)
         return rows_at(hidden, where, *last_positions(item_seq_len))
+
+    def predict(self, interaction: Interaction) -> torch.Tensor:
+        """[B] scores of one item a row; what a user had is what the row lists."""
+        items, lengths, item = (interaction[field] for field in (self.ITEM_SEQ, self.ITEM_SEQ_LEN, self.ITEM_ID))
+        place = torch.arange(1, items.size(1) + 1, device=items.device)
+        latest = ((items == item[:, None]) * place).amax(1)  # 0 where the list does not have it
+        group = age_group((lengths - latest + 1).clamp(min=1))
+        addend = self.repeat_bias.to(items.device)[group].masked_fill(latest == 0, 0)
+        return super().predict(interaction) + addend
+
+    def full_sort_predict(self, interaction: Interaction) -> torch.Tensor:
+        """[B, V+1] scores of all items; what a user had is what the row lists."""
+        scores = super().full_sort_predict(interaction)
+        history = listed(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        scores[history.row, history.item] += self.repeat_bias.to(scores.device)[age_group(history.age)]
+        return scores
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The loss of `loss_type`, averaged over the targets of the batch."""
@@ -140,6 +161,8 @@ class EfficientSASRec(SASRec):
                 f"the checkpoint was trained on another catalogue (item tokens {para['catalogue']}, this data set's "
                 f"are {self.catalogue}): its rows stand for other items"
             )
+        if para and "repeat_bias" in para:
+            self.repeat_bias = para["repeat_bias"]
 
 
 class SASRecCCE(EfficientSASRec):

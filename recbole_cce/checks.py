@@ -10,28 +10,11 @@ from typing import Any
 
 import recbole
 import torch
-import yaml
 from recbole.config import Config
 from recbole.utils import argument_list
 
 from recbole_cce import registry, settings
-
-
-def config_file(file: str) -> dict[str, Any]:
-    """A YAML file of the user's.
-
-    Raises:
-        ValueError: there is no such file, or it does not hold `key: value` lines.
-    """
-    if not Path(file).is_file():
-        raise ValueError(f"--config_files: there is no file {file!r}")
-    try:
-        settings = registry.read_yaml(file)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config_files: {file!r} is not YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config_files: {file!r} holds no 'key: value' lines")
-    return settings
+from recbole_cce.config_sources import read_yaml
 
 
 def check_model(model: str, option: str = "--model") -> None:
@@ -80,7 +63,7 @@ def known_keys(model: str) -> set[str]:
     package = Path(recbole.__file__).parent
     files = [registry.MODELS.get(model, package / "properties" / "model" / f"{model}.yaml")]
     files += [package / "properties" / file for file in ("overall.yaml", "dataset/sample.yaml", "dataset/ml-100k.yaml")]
-    keys = set(settings.KEYS) | {key for file in files if file.is_file() for key in registry.read_yaml(file)}
+    keys = set(settings.KEYS) | {key for file in files if file.is_file() for key in read_yaml(file)}
     for name in ("general", "training", "evaluation", "dataset"):
         keys.update(getattr(argument_list, f"{name}_arguments"))
     return keys | keys_in_code()

@@ -20,6 +20,7 @@ from recbole.config import Config
 
 import recbole_cce
 from recbole_cce import checkpoints, checks, compare, compat, ops, plan, quick_start, recommend, registry, settings
+from recbole_cce.config_sources import read_yaml
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -195,7 +196,7 @@ COMMANDS = {
 
 def keys_help() -> str:
     """One line for each key of settings.KEYS with its default in SASRecCCE."""
-    defaults = registry.read_yaml(registry.MODELS["SASRecCCE"])
+    defaults = read_yaml(registry.MODELS["SASRecCCE"])
     return "\n".join(
         f"  --{name}={defaults.get(name, '~')}\n      {key.help}; {key.valid}" for name, key in settings.KEYS.items()
     )
@@ -233,7 +234,7 @@ def arguments() -> dict[str, Any]:
     # RecBole's Config reads sys.argv, too, and warns of flags without a value
     sys.argv = [word for word in sys.argv if word not in ("--resume", *TRUST)]
     files = args.config_files.split() if args.config_files else []
-    in_files = {key: value for file in files for key, value in checks.config_file(file).items()}
+    in_files = {key: value for file in files for key, value in read_yaml(file, "--config_files").items()}
     model = args.model or in_files.get("model") or "SASRecCCE"
     checks.check_model(model)
     checks.check_flags(rest, in_files, model)

@@ -29,6 +29,7 @@ from recbole.utils import get_model, set_color
 from tqdm import tqdm
 
 from recbole_cce import checks, quick_start, registry, report
+from recbole_cce.config_sources import read_yaml
 from recbole_cce.trial import Trial, run
 from recbole_cce.variants import Variant, expand, parse_flags, parse_seeds, parse_variants, parse_vary
 
@@ -102,7 +103,7 @@ def plan(
     if Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"--output: {output!r} is a file; it takes a folder")
     files = config_files.split() if config_files else []
-    in_files = {key: value for file in files for key, value in checks.config_file(file).items()}
+    in_files = {key: value for file in files for key, value in read_yaml(file, "--config_files").items()}
     dataset = dataset or in_files.get("dataset") or "ml-100k"
     named = parse_variants(models, variant)
     common = {"show_progress": "False", **parse_flags(flags, in_files, [one.model for one in named])}

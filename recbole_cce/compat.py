@@ -214,6 +214,14 @@ def cross_entropy_defaults() -> str | None:
     return "sequential models with loss_type CE need no train_neg_sample_args: ~"
 
 
+def literals_only() -> str:
+    """Read values of flags, files and config_dict as literals: RecBole passes them to eval() (not reported)."""
+    from recbole_cce import config_sources
+
+    config_sources.install()
+    return "values of flags, files and config_dict are read as literals, not evaluated"
+
+
 def safe_checkpoints() -> str | None:
     """Make checkpoints that stock torch.load reads with weights_only=True, its default since 2.6 (#2155, #2212).
 
@@ -446,6 +454,7 @@ REPAIRS: list[Callable[[], str | None]] = [
     exhaustive_search,
     no_anomaly_detection,
     cross_entropy_defaults,
+    literals_only,
     safe_checkpoints,
     pandas_fill_nan,
     pandas_sequence_lengths,

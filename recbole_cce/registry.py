@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import recbole
 import recbole.data.dataset
 import recbole.trainer
 import torch
-import yaml
 from recbole.config import Config
 from recbole.model.abstract_recommender import SequentialRecommender
 
 from recbole_cce import settings
+from recbole_cce.config_sources import read_yaml  # noqa: F401
 from recbole_cce.data import LeanSequentialDataset
 from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE
 from recbole_cce.trainer import EfficientTrainer
@@ -100,9 +99,3 @@ def register_builtin() -> None:
     Config._load_internal_config_dict = load_internal_config_dict
     for model in (SASRecCCE, SASRecSCE):
         register_model(model)
-
-
-def read_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML file as RecBole reads it (1e-3 is a number)."""
-    loader = Config._build_yaml_loader(None)
-    return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=loader) or {}

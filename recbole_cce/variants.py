@@ -14,6 +14,7 @@ from recbole.config import Config
 from recbole.utils import argument_list
 
 from recbole_cce import checks, registry
+from recbole_cce.config_sources import read_yaml
 from recbole_cce.losses import LOSSES
 
 
@@ -112,7 +113,7 @@ def reads(config: Config, key: str) -> bool:
         return key in keys_of_loss(loss)
     own = registry.MODELS.get(model, package / "model" / f"{model}.yaml")
     files = [file for file in (own, package / "overall.yaml", package / "dataset" / "sample.yaml") if file.is_file()]
-    return key in argument_list.training_arguments or any(key in registry.read_yaml(file) for file in files)
+    return key in argument_list.training_arguments or any(key in read_yaml(file) for file in files)
 
 
 def keys_of_loss(loss: type) -> set[str]:

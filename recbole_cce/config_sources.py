@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,24 @@ def read_yaml(file: Path | str, option: str = "config_file_list") -> dict[str, A
     return settings
 
 
+def read_files(files: Iterable[str], option: str) -> dict[str, Any]:
+    """The settings of YAML files, of which later ones win; errors as of read_yaml()."""
+    return {key: value for file in files for key, value in read_yaml(file, option).items()}
+
+
+def file_names(text: str | None) -> list[str]:
+    """Names of files, separated by spaces; where a file has spaces in its name, the longest name that there is."""
+    words, names = (text or "").split(" "), []
+    while words:
+        ends = [end for end in range(len(words), 1, -1) if Path(" ".join(words[:end])).is_file()]
+        names.append(" ".join(words[: ends[0] if ends else 1]))
+        del words[: ends[0] if ends else 1]
+    return [name for name in names if name]
+
+
 def load_config_files(self: Any, files: list[str] | None) -> dict[str, Any]:
-    """Config._load_config_files: later files win."""
-    return {key: value for file in files or [] for key, value in read_yaml(file).items()}
+    """Config._load_config_files."""
+    return read_files(files or [], "config_file_list")
 
 
 def load_cmd_line(self: Any) -> dict[str, Any]:

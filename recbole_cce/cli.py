@@ -286,13 +286,17 @@ def arguments() -> dict[str, Any]:
     config = quick_start.configuration(model, dataset, files)
     checks.check_gpus(config, args.nproc)
     file = resumed_file(args.resume, args.trust_checkpoint, config)
-    names = ("nproc", "world_size", "ip", "port", "group_offset")
-    return {
-        "model": model,
-        "dataset": dataset,
-        "config_file_list": files,
-        "config_dict": {"resume": file} if file else {},
-    } | {name: getattr(args, name) for name in names}
+    names = ("nproc", "world_size", "ip", "group_offset")
+    return (
+        {
+            "model": model,
+            "dataset": dataset,
+            "config_file_list": files,
+            "config_dict": {"resume": file} if file else {},
+        }
+        | {name: getattr(args, name) for name in names}
+        | {"port": str(args.port)}
+    )
 
 
 def check_processes(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from recbole_cce.errors import UserError
+from recbole_cce.settings import RECBOLE_KEYS
 
 
 def literal(text: str) -> Any:
@@ -29,8 +30,14 @@ def literal(text: str) -> Any:
 
 
 def literals(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Config._convert_config_dict: settings with literal() of each string."""
-    return {key: literal(value) if isinstance(value, str) else value for key, value in settings.items()}
+    """Config._convert_config_dict: literal() of each string, but the string where a key takes that alone."""
+
+    def value(key: str, given: Any) -> Any:
+        read = literal(given) if isinstance(given, str) else given
+        _, accepts = RECBOLE_KEYS.get(key, ("", lambda value: True))
+        return given if accepts(given) and not accepts(read) else read  # the number that names a folder
+
+    return {key: value(key, given) for key, given in settings.items()}
 
 
 class Loader(yaml.SafeLoader):

@@ -34,8 +34,11 @@ def _one_of(*options: Any) -> Check:
     )
 
 
-def _integer(low: int, high: int | None = None, auto: bool = False) -> Check:
-    span = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
+def _integer(low: int, high: int | None = None, auto: bool = False, most: int = 2**31 - 1) -> Check:
+    """An integer from low to high, or from low on: to `most`, beyond which nothing works."""
+    span = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    if high is None and most < 2**31 - 1:
+        span += f" and at most {most}"
     return (
         span + (" or auto" if auto else ""),
         lambda value: (
@@ -43,8 +46,7 @@ def _integer(low: int, high: int | None = None, auto: bool = False) -> Check:
             or (
                 isinstance(value, int)
                 and not isinstance(value, bool)
-                and low <= value
-                and (high is None or value <= high)
+                and low <= value <= (most if high is None else high)
             )
         ),
     )
@@ -53,17 +55,13 @@ def _integer(low: int, high: int | None = None, auto: bool = False) -> Check:
 def _real(low: float, high: float | None = None) -> Check:
     return (
         f"a number from {low:g} to {high:g}" if high is not None else f"a number >= {low:g}",
-        lambda value: (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and low <= value < math.inf
-            and (high is None or value <= high)
-        ),
+        lambda value: _number(value) and low <= value < math.inf and (high is None or value <= high),
     )
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63  # what torch takes
+    return whole or (isinstance(value, float) and not math.isnan(value))
 
 
 def _is_text(value: Any) -> bool:
@@ -121,7 +119,8 @@ def intervals(value: Any) -> list[tuple[str, float, float, str]]:
     return found
 
 
-def _is_interval(value: Any) -> bool:
+def is_interval(value: Any) -> bool:
+    """Whether intervals() takes it."""
     try:
         intervals(value)
     except UserError:
@@ -134,7 +133,7 @@ INTERVAL = "an interval such as [5,inf) or (0,4.5], or several with ; between th
 
 def _values(value: Any) -> bool:
     # of a column of numbers an interval, of a column of tokens a list
-    return _is_mapping(value, lambda each: (_is_text(each) and _is_interval(each)) or isinstance(each, (list, tuple)))
+    return _is_mapping(value, lambda each: (_is_text(each) and is_interval(each)) or isinstance(each, (list, tuple)))
 
 
 def _is_encoding(value: Any) -> bool:
@@ -274,7 +273,7 @@ def _any_case(*options: str) -> Check:
 # Keys that RecBole reads for every model, in the order of its overall.yaml and sample.yaml.
 RECBOLE_KEYS: dict[str, Check] = {
     "gpu_id": ("numbers of GPUs, such as 0 or 0,1, or '' for the CPU", _gpu_id),
-    "worker": _integer(0),
+    "worker": _integer(0, most=1024),
     "use_gpu": FLAG,
     "seed": _integer(0, 2**32 - 1),
     "state": _or_nothing(_any_case(*LEVELS)),
@@ -352,8 +351,8 @@ RECBOLE_KEYS: dict[str, Check] = {
         ("a mapping of columns to intervals such as '[3,inf)', or to lists of tokens", _values)
     ),
     "filter_inter_by_user_or_item": FLAG,
-    "user_inter_num_interval": _or_nothing((INTERVAL, _is_interval)),
-    "item_inter_num_interval": _or_nothing((INTERVAL, _is_interval)),
+    "user_inter_num_interval": _or_nothing((INTERVAL, is_interval)),
+    "item_inter_num_interval": _or_nothing((INTERVAL, is_interval)),
     "alias_of_user_id": _or_nothing(_list_of("columns")),
     "alias_of_item_id": _or_nothing(_list_of("columns")),
     "alias_of_entity_id": _or_nothing(_list_of("columns")),
@@ -368,15 +367,15 @@ RECBOLE_KEYS: dict[str, Check] = {
     ),
     "ITEM_LIST_LENGTH_FIELD": NAME,
     "LIST_SUFFIX": TEXT,
-    "MAX_ITEM_LIST_LENGTH": _integer(1),
+    "MAX_ITEM_LIST_LENGTH": _integer(1, most=10**6),
     "POSITION_FIELD": NAME,
     "HEAD_ENTITY_ID_FIELD": NAME,
     "TAIL_ENTITY_ID_FIELD": NAME,
     "RELATION_ID_FIELD": NAME,
     "ENTITY_ID_FIELD": NAME,
     "kg_reverse_r": FLAG,
-    "entity_kg_num_interval": _or_nothing((INTERVAL, _is_interval)),
-    "relation_kg_num_interval": _or_nothing((INTERVAL, _is_interval)),
+    "entity_kg_num_interval": _or_nothing((INTERVAL, is_interval)),
+    "relation_kg_num_interval": _or_nothing((INTERVAL, is_interval)),
     "benchmark_filename": _or_nothing(
         (
             "a list of three suffixes, such as ['train', 'valid', 'test']",
@@ -387,10 +386,10 @@ RECBOLE_KEYS: dict[str, Check] = {
 
 # Keys of RecBole's SASRec, and what they take in the models of this package beside or instead of the above.
 SASREC_KEYS: dict[str, Check] = {
-    "n_layers": _integer(1),
-    "n_heads": _integer(1),
-    "hidden_size": _integer(1),
-    "inner_size": _integer(1),
+    "n_layers": _integer(1, most=1024),
+    "n_heads": _integer(1, most=1024),
+    "hidden_size": _integer(1, most=65536),
+    "inner_size": _integer(1, most=65536),
     "hidden_dropout_prob": _real(0, 1),
     "attn_dropout_prob": _real(0, 1),
     "hidden_act": _one_of("gelu", "relu", "swish", "tanh", "sigmoid"),

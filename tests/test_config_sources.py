@@ -80,6 +80,8 @@ def test_what_reaches_config_is_a_string(monkeypatch, tiny_config, tmp_path, cod
         ["--dataset=exit()"],
         ["--dataset=9**9**9"],
         [f"--model={RAN}"],
+        [f"--gpu_id={RAN}"],
+        ["--model=SASRec", f"--learning_rate={RAN}"],
         [f"--nproc={RAN}"],
         [f"--config_files={RAN}"],
         [f"--resume={RAN}"],

@@ -18,6 +18,7 @@ from typing import Any
 import recbole
 import torch
 from recbole.config import Config
+from recbole.data.dataset import Dataset
 from recbole.evaluator.base_metric import LossMetric
 from recbole.evaluator.register import metric_types, metrics_dict
 from recbole.utils import ModelType, argument_list
@@ -116,6 +117,18 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise UserError(f"normalize_field: {config['normalize_field']} is not valid with normalize_all: True")
     if config["log_wandb"] and importlib.util.find_spec("wandb") is None:
         raise UserError("log_wandb: True is not valid: wandb is not installed; `pip install wandb`")
+
+
+def check_columns(dataset: Dataset) -> None:
+    """Raise a UserError for an option that names a column which no file has, or one of a type that it does not take."""
+    columns = [column for column in (*dataset.field2type, dataset.label_field) if column]
+    aliases = [option for option in settings.RECBOLE_KEYS if option.startswith("alias_of_")]
+    for option in (*aliases, "val_interval", "preload_weight", "numerical_features", "normalize_field"):
+        for column in dataset.config[option] or ():
+            if column not in columns:
+                raise UserError(f"{option}: {column!r} is not a column that is loaded{nearest(column, columns)}")
+            if option in aliases and column not in dataset.token_like_fields:
+                raise UserError(f"{option}: {column!r} is not valid; it takes columns of tokens")
 
 
 def check_model(model: str, option: str = "--model") -> None:

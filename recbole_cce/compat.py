@@ -421,6 +421,22 @@ def malformed_intervals() -> str:
     return "malformed intervals are errors"
 
 
+def columns_of_options() -> str:
+    """Name the option whose column no file has: RecBole ends in a KeyError, or leaves the option out (not reported)."""
+    from recbole.data.dataset.dataset import Dataset
+
+    original = Dataset._init_alias
+
+    def init_alias(self: Any) -> None:
+        from recbole_cce import checks
+
+        checks.check_columns(self)
+        original(self)
+
+    Dataset._init_alias = init_alias
+    return "options that name a column which no file has are errors"
+
+
 def download_barrier() -> str | None:
     """Let a single process download a data set: RecBole ends it with torch.distributed.barrier() (#1989, #2050)."""
     from recbole.data.dataset.dataset import Dataset
@@ -486,6 +502,7 @@ REPAIRS: list[Callable[[], str | None]] = [
     pandas_fill_nan,
     pandas_sequence_lengths,
     malformed_intervals,
+    columns_of_options,
     download_barrier,
     download_prompt,
     folders_of_workers,

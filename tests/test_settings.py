@@ -427,6 +427,28 @@ def test_intervals_of_the_wrong_kind_of_column(tiny_config, tmp_path, model, col
         create_dataset(config)
 
 
+@pytest.mark.parametrize("model", ["SASRecCCE", "SASRec"])
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            {"alias_of_item_id": ["item"]},
+            "alias_of_item_id: 'item' is not a column that is loaded; did you mean item",
+        ),
+        ({"alias_of_user_id": ["timestamp"]}, "alias_of_user_id: 'timestamp' is not valid; it takes columns of tokens"),
+        (
+            {"val_interval": {"times": "[0,1]"}},
+            "val_interval: 'times' is not a column that is loaded; did you",
+        ),
+        ({"preload_weight": {"xx": "yy"}}, "preload_weight: 'xx' is not a column that is loaded"),
+    ],
+)
+def test_options_that_name_columns_which_are_not_there(tiny_config, model, own, message):
+    config = Config(model, "tiny", config_dict={**tiny_config, **own})
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        create_dataset(config)
+
+
 def test_the_original_architecture_has_no_layers_of_recbole(tiny_config):
     with pytest.raises(ValueError, match=r"attention: 'recbole' is not valid with architecture: original.* packed$"):
         Config("SASRecCCE", "tiny", config_dict={**tiny_config, "architecture": "original", "attention": "recbole"})

@@ -214,6 +214,14 @@ def cross_entropy_defaults() -> str | None:
     return "sequential models with loss_type CE need no train_neg_sample_args: ~"
 
 
+def literals_only() -> str:
+    """Read values of flags, files and config_dict as literals: RecBole passes them to eval() (not reported)."""
+    from recbole_cce import config_sources
+
+    config_sources.install()
+    return "values of flags, files and config_dict are read as literals, not evaluated"
+
+
 def safe_checkpoints() -> str | None:
     """Make checkpoints that stock torch.load reads with weights_only=True, its default since 2.6 (#2155, #2212).
 
@@ -386,6 +394,49 @@ def quiet_warnings() -> str | None:
     return "warnings of pandas and torch about RecBole's code are off"
 
 
+def malformed_intervals() -> str:
+    """Refuse intervals that RecBole warns of and then filters nothing by, or all (not reported)."""
+    from recbole.data.dataset.dataset import Dataset
+    from recbole.utils import FeatureType
+
+    from recbole_cce import settings
+
+    original = Dataset._filter_by_field_value
+
+    def parse_intervals(self: Any, text: Any) -> list[tuple[str, float, float, str]] | None:
+        return None if text is None else settings.intervals(text)
+
+    def filter_by_field_value(self: Any) -> None:
+        for field, wanted in (self.config["val_interval"] or {}).items():
+            if field not in self.field2type:
+                continue  # RecBole says so
+            of_numbers = self.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ)
+            if not (settings.is_interval(wanted) if of_numbers else isinstance(wanted, (list, tuple))):
+                takes = settings.INTERVAL if of_numbers else "a list of tokens"
+                settings.refuse("val_interval", wanted, f"{takes} for the column {field!r}")
+        original(self)
+
+    Dataset._parse_intervals_str = parse_intervals
+    Dataset._filter_by_field_value = filter_by_field_value
+    return "malformed intervals are errors"
+
+
+def columns_of_options() -> str:
+    """Name the option whose column no file has: RecBole ends in a KeyError, or leaves the option out (not reported)."""
+    from recbole.data.dataset.dataset import Dataset
+
+    original = Dataset._init_alias
+
+    def init_alias(self: Any) -> None:
+        from recbole_cce import checks
+
+        checks.check_columns(self)
+        original(self)
+
+    Dataset._init_alias = init_alias
+    return "options that name a column which no file has are errors"
+
+
 def download_barrier() -> str | None:
     """Let a single process download a data set: RecBole ends it with torch.distributed.barrier() (#1989, #2050)."""
     from recbole.data.dataset.dataset import Dataset
@@ -446,9 +497,12 @@ REPAIRS: list[Callable[[], str | None]] = [
     exhaustive_search,
     no_anomaly_detection,
     cross_entropy_defaults,
+    literals_only,
     safe_checkpoints,
     pandas_fill_nan,
     pandas_sequence_lengths,
+    malformed_intervals,
+    columns_of_options,
     download_barrier,
     download_prompt,
     folders_of_workers,

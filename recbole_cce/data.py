@@ -27,6 +27,7 @@ from recbole.utils import FeatureSource, FeatureType
 from recbole_cce import data_cache
 from recbole_cce.data_reader import CReader
 from recbole_cce.data_rows import TARGET_ROW, Gathered, Rows
+from recbole_cce.errors import UserError
 from recbole_cce.history import History, UserHistories, listed
 
 # of train_batch_size: auto. With RecBole's default of 2,048, small data sets need more epochs to as good a model.
@@ -99,9 +100,9 @@ class LeanSequentialDataset(SequentialDataset):
             for option in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"):
                 field = self.config[option]
                 if field not in columns:
-                    raise ValueError(f"{option}: {field!r} is not a column of {filepath}; it has {', '.join(columns)}")
+                    raise UserError(f"{option}: {field!r} is not a column of {filepath}; it has {', '.join(columns)}")
                 if (loaded is not None and field not in loaded) or (unloaded is not None and field in unloaded):
-                    raise ValueError(
+                    raise UserError(
                         f"load_col: the column {field!r} ({option}) of {filepath} is not loaded; set "
                         f"load_col: {{inter: [{', '.join(self._required_fields())}]}}"
                     )
@@ -110,7 +111,7 @@ class LeanSequentialDataset(SequentialDataset):
         try:
             return super()._load_feat(filepath, source)
         except (ValueError, pd.errors.ParserError) as error:
-            raise ValueError(f"{filepath} cannot be read: {error}") from error
+            raise UserError(f"{filepath} cannot be read: {error}") from error
         finally:
             recbole_dataset.pd = pandas
 
@@ -124,7 +125,7 @@ class LeanSequentialDataset(SequentialDataset):
         for cell in cells:
             name, _, ftype = cell.partition(":")
             if not name or ftype not in types:
-                raise ValueError(
+                raise UserError(
                     f"{filepath}: the header cell {cell!r} is not 'name:type' with a type of {', '.join(types)}; "
                     f"columns are separated by field_separator {self.config['field_separator']!r}"
                 )
@@ -133,7 +134,7 @@ class LeanSequentialDataset(SequentialDataset):
     def _reset_index(self) -> None:
         if self.inter_feat.empty:
             filters = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter")
-            raise ValueError(
+            raise UserError(
                 f"no interaction of {self.dataset_name} is left after filtering with "
                 + ", ".join(f"{name}: {self.config[name]!r}" for name in filters)
             )
@@ -230,7 +231,7 @@ class LeanSequentialDataset(SequentialDataset):
         position = torch.arange(len(uid)) - (count.cumsum(0) - count)[uid]  # in the user's history
         target = position.nonzero().squeeze(1)
         if len(target) == 0:
-            raise ValueError(f"no user of {self.dataset_name} has two interactions: there is nothing to predict")
+            raise UserError(f"no user of {self.dataset_name} has two interactions: there is nothing to predict")
         table = self.flat.interaction | {self.item_list_length_field: position.clamp(max=self.max_item_list_len)}
         self.inter_feat = Rows(Gathered(table, {TARGET_ROW: target}, [*table, TARGET_ROW]))
 
@@ -273,10 +274,10 @@ class LeanSequentialDataset(SequentialDataset):
         """A row for each of `users` [U], as a test row of the next interaction would be: its list holds the last items.
 
         Raises:
-            ValueError: the interactions come from pre-split benchmark files.
+            UserError: the interactions come from pre-split benchmark files.
         """
         if self.flat is None:
-            raise ValueError("benchmark_filename: pre-split files do not tell a user's last interactions")
+            raise UserError("benchmark_filename: pre-split files do not tell a user's last interactions")
         uid = self.flat[self.uid_field]
         first, end = torch.searchsorted(uid, users), torch.searchsorted(uid, users, right=True)
         length = (end - first).clamp(max=self.max_item_list_len)
@@ -341,11 +342,11 @@ class LeanSequentialDataset(SequentialDataset):
         datasets = super().build()
         train = datasets[0]
         if len(train) == 0:
-            raise ValueError(f"eval_args: {self.config['eval_args']} leaves no training row")
+            raise UserError(f"eval_args: {self.config['eval_args']} leaves no training row")
         if TARGET_ROW not in train.inter_feat:
             width = train.inter_feat[self.item_id_list_field].size(1)
             if width > self.max_item_list_len:
-                raise ValueError(
+                raise UserError(
                     f"MAX_ITEM_LIST_LENGTH: {self.max_item_list_len} is less than the {width} items of the longest "
                     f"list in the benchmark files; raise it or cut the lists with seq_len"
                 )

@@ -24,6 +24,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
 from recbole_cce import compat, data_reader
+from recbole_cce.errors import UserError
 from recbole_cce.files import write_whole
 
 DESCRIPTION = "description"  # of the arrays: JSON, and first in the file
@@ -53,7 +54,7 @@ def of(dataset: Any) -> Cache | None:
     Nor is there one in RecBole's own folder, whose ml-100k is small.
 
     Raises:
-        ValueError: `cache_data` is a folder that cannot be made.
+        UserError: `cache_data` is a folder that cannot be made.
     """
     wanted = dataset.config["cache_data"]
     if not wanted:
@@ -65,7 +66,7 @@ def of(dataset: Any) -> Cache | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"cache_data: {wanted!r} is not valid, it cannot be made a folder ({error.strerror}); "
                 "it takes True, False or a folder"
             ) from None

@@ -92,7 +92,7 @@ def load_data_and_model(model_file: str, trust_checkpoint: bool = False) -> tupl
         trust_checkpoint: read a file of stock RecBole, which may run any code, and write it anew as a safe one.
 
     Raises:
-        ValueError: names the file and what to do.
+        UserError: names the file and what to do.
     """
     if trust_checkpoint:
         checkpoints.make_safe(model_file)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from recbole_cce import registry
 from recbole_cce.data import LeanSequentialDataset
+from recbole_cce.errors import UserError
 from recbole_cce.evaluation import top_items
 from recbole_cce.files import write_whole
 
@@ -37,15 +38,15 @@ def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = Non
         exclude_seen: leave out items that a user has had. Lists are shorter where too few are left.
 
     Raises:
-        ValueError: a wrong option, an unknown user, a checkpoint of a model that is not of this package.
+        UserError: a wrong option, an unknown user, a checkpoint of a model that is not of this package.
     """
     suffix = Path(output).suffix
     if suffix not in FORMATS:
-        raise ValueError(f"--output: {output!r} is not valid; it takes a file that ends in {' or '.join(FORMATS)}")
+        raise UserError(f"--output: {output!r} is not valid; it takes a file that ends in {' or '.join(FORMATS)}")
     tokens = None if users is None else read_tokens(users)
     config, model, dataset = load(checkpoint)
     if not 1 <= k < model.n_items:
-        raise ValueError(f"--k: {k} is not valid; it takes 1 to {model.n_items - 1}, the number of items")
+        raise UserError(f"--k: {k} is not valid; it takes 1 to {model.n_items - 1}, the number of items")
     ids = torch.arange(1, dataset.user_num) if tokens is None else user_ids(dataset, tokens, users)
     tables = recommendations(model, dataset, ids, k, exclude_seen, config)
     write_whole(Path(output), lambda file: WRITERS[suffix](file, tables))
@@ -58,7 +59,7 @@ def export(checkpoint: str, output: str) -> None:
     A user's scores are the inner products of the model's user vector with these.
 
     Raises:
-        ValueError: as recommend().
+        UserError: as recommend().
     """
     _, model, dataset = load(checkpoint)
     vectors = model.item_embedding.weight.detach()[1:].float().cpu().numpy()
@@ -72,10 +73,10 @@ def export(checkpoint: str, output: str) -> None:
 def load(checkpoint: str) -> tuple[Any, nn.Module, LeanSequentialDataset]:
     """Configuration, model ready to score, and training split, whose flat table holds all interactions."""
     if not Path(checkpoint).is_file():
-        raise ValueError(f"--checkpoint: there is no file {checkpoint!r}")
+        raise UserError(f"--checkpoint: there is no file {checkpoint!r}")
     config, model, _, train_data, _, _ = quick_start.load_data_and_model(checkpoint)
     if config["model"] not in registry.MODELS:
-        raise ValueError(
+        raise UserError(
             f"--checkpoint: {checkpoint!r} is one of {config['model']}; it takes one of {', '.join(registry.MODELS)}"
         )
     return config, model.eval(), train_data.dataset
@@ -84,7 +85,7 @@ def load(checkpoint: str) -> tuple[Any, nn.Module, LeanSequentialDataset]:
 def read_tokens(file: str) -> list[str]:
     """The lines of a file."""
     if not Path(file).is_file():
-        raise ValueError(f"--users: there is no file {file!r}")
+        raise UserError(f"--users: there is no file {file!r}")
     return Path(file).read_text(encoding="utf-8").splitlines()
 
 
@@ -93,7 +94,7 @@ def user_ids(dataset: LeanSequentialDataset, tokens: list[str], file: str) -> to
     known = dataset.field2token_id[dataset.uid_field]
     unknown = [token for token in tokens if token not in known or known[token] == 0]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--users: {len(unknown)} of the {len(tokens)} users of {file!r} are not in {dataset.dataset_name} as the "
             f"checkpoint's settings filter it, the first is {unknown[0]!r}"
         )
@@ -137,9 +138,7 @@ def write_parquet(file: BinaryIO, tables: Iterator[pd.DataFrame]) -> None:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(
-            "--output: a .parquet file takes pyarrow: pip install pyarrow; a .csv file does not"
-        ) from error
+        raise UserError("--output: a .parquet file takes pyarrow: pip install pyarrow; a .csv file does not") from error
     names = {"user": pyarrow.string(), "item": pyarrow.string(), "rank": pyarrow.int32(), "score": pyarrow.float32()}
     schema = pyarrow.schema(names.items())
     with parquet.ParquetWriter(file, schema) as writer:

@@ -31,6 +31,7 @@ from recbole.quick_start import quick_start as recbole_quick_start
 
 import recbole_cce
 from recbole_cce import quick_start, registry
+from recbole_cce.errors import UserError
 from recbole_cce.files import write_whole
 
 
@@ -187,7 +188,7 @@ class Watch:
     def fit(self, fit: Callable, train_data: Any, valid_data: Any = None, **kwargs: Any) -> Any:
         """RecBole's fit, ended where the time is up."""
         if not valid_data:
-            raise ValueError("eval_args: a comparison needs a validation split, which says what epoch is the best")
+            raise UserError("eval_args: a comparison needs a validation split, which says what epoch is the best")
         self.fit_begun = time.time()
         self.result |= {"data_seconds": self.fit_begun - self.begun, "train_batches": len(train_data)}
         try:

@@ -427,14 +427,17 @@ def folders_of_workers() -> str | None:
 def collector_keeps_counters() -> str | None:
     """Let ItemCoverage, AveragePopularity, TailPercentage and the like run (#2131, #2191, #2194).
 
-    Collector.get_data_struct calls .cpu() on everything, also on an int and on a Counter.
+    Collector.get_data_struct calls .cpu() on everything, also on an int and on a Counter. Lists of users for whom fewer
+    than k items are left are filled up with what was ranked last (not reported).
     """
+    from recbole.evaluator.register import metrics_dict
     from recbole.trainer import trainer
 
-    from recbole_cce.evaluation import Collector
+    from recbole_cce import evaluation
 
-    trainer.Collector = Collector
-    return "coverage and popularity metrics no longer crash on .cpu()"
+    trainer.Collector = evaluation.Collector
+    metrics_dict.update(evaluation.OF_ITEMS)
+    return "coverage and popularity metrics no longer crash on .cpu(), and count what was recommended alone"
 
 
 REPAIRS: list[Callable[[], str | None]] = [

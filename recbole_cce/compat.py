@@ -30,7 +30,7 @@ import pandas as pd
 import scipy.sparse
 import torch
 
-from recbole_cce import checkpoints
+from recbole_cce import checkpoints, seeds
 
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
@@ -413,6 +413,33 @@ def download_prompt() -> str | None:
     return "without a terminal, data sets above 1 GB are downloaded without asking"
 
 
+def seeds_of_processes() -> str:
+    """Give each process of a run random numbers of its own, and the order of rows of several to `seed` (not reported).
+
+    RecBole adds the number of a process to the seed, so that the second one of seed 2020 draws what the first one of
+    2021 does, and its DistributedSampler knows no seed at all.
+    """
+    from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+    from recbole.trainer.trainer import AbstractTrainer
+    from recbole.utils import init_seed
+
+    trainer_init, loader_init = AbstractTrainer.__init__, AbstractDataLoader.__init__
+
+    def init_trainer(self: Any, config: Any, model: Any) -> None:
+        trainer_init(self, config, model)  # all have the first one's weights now
+        if not config["single_spec"]:
+            init_seed(seeds.of_rank(config["seed"], torch.distributed.get_rank()), config["reproducibility"])
+
+    def init_loader(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        loader_init(self, config, *args, **kwargs)
+        if not config["single_spec"]:
+            self.sampler.seed = seeds.of_order(config["seed"])
+            self.generator.manual_seed(seeds.of_rank(config["seed"], torch.distributed.get_rank()))
+
+    AbstractTrainer.__init__, AbstractDataLoader.__init__ = init_trainer, init_loader
+    return "processes of one run draw different numbers, and rows come in an order that depends on the seed"
+
+
 def folders_of_workers() -> str | None:
     """Let several processes make ./log and ./saved at once: each makes a folder that it did not find (not reported)."""
     from recbole.utils import utils
@@ -454,6 +481,7 @@ REPAIRS: list[Callable[[], str | None]] = [
     pandas_sequence_lengths,
     download_barrier,
     download_prompt,
+    seeds_of_processes,
     folders_of_workers,
     collector_keeps_counters,
 ]

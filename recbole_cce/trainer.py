@@ -297,7 +297,6 @@ class EfficientTrainer(Trainer):
         self.saves = saved
         self.train_generator = train_data.generator
         if self.distributed:
-            torch.manual_seed(self.config["seed"] + distributed.get_rank())  # RecBole's local_rank is not unique
             share_file_name(self)
         if self.resumed is not None:
             self._resume_random_state(self.resumed.get("random_states", []))

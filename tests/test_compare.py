@@ -364,6 +364,7 @@ def test_a_damaged_result_is_named_and_repeated(study, monkeypatch, capsys, kind
             file.write_bytes(content)
 
     monkeypatch.setattr(compare, "execute", execute)
+    monkeypatch.setattr(report, "write", lambda *arguments: None)  # takes seconds, and needs what was repeated
     name = "users.npz" if kind.startswith("users") else "result.json"
     if kind == "users: gone":
         (run / name).unlink()
@@ -385,8 +386,9 @@ def test_one_command_at_a_time_has_a_folder(study, monkeypatch, capsys):
     folder = study["folder"]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "compare", *COMMAND])
+    monkeypatch.setattr(report, "write", lambda *arguments: None)
     (folder / "study" / ".lock").write_text("of a command that was killed")
-    hold = "import os, sys, time; from pathlib import Path; from recbole_cce.files import locked\n"
+    hold = "import os, time; from pathlib import Path; from recbole_cce.files import locked\n"
     hold += "with locked(Path('study')): print(os.getpid(), flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": python_path(SCRIPT.parent)}
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, env=environment)

@@ -25,7 +25,6 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
-from unittest import mock
 
 import psutil
 from torch.distributed import DistNetworkError, PrefixStore, TCPStore
@@ -41,6 +40,7 @@ FOLLOWS = 1.0  # seconds in which the cause of an error may show that it only fo
 TO_END = 5.0  # seconds that processes have to end when they are asked to
 MEETING = timedelta(minutes=30)  # for the first machine to be there
 
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torch's: processes find the store and do not host it
 DONE = ("done", "")  # a process's last word
 
 
@@ -72,15 +72,17 @@ def launch(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, jo
     readers, writers = zip(*(multiprocessing.Pipe(duplex=False) for _ in range(nprocs)), strict=True)
     failure: Failure | None = None
     workers: list[BaseProcess] = []
+    os.environ[AGENT_STORE] = "True"
     try:
-        with mock.patch.dict(os.environ, {"TORCHELASTIC_USE_AGENT_STORE": "True"}):  # the store is hosted here
-            started = start_processes(_work, (function, args, writers), nprocs, False, start_method=START_METHOD)
-        workers = started.processes
+        workers = start_processes(
+            _work, (function, args, writers), nprocs, join=False, start_method=START_METHOD
+        ).processes
         failure = _watch(workers, readers, machines)
     except BaseException as error:
         failure = Failure(f"{machines.names()}: {type(error).__name__}")
         raise
     finally:
+        del os.environ[AGENT_STORE]
         machines.end(failure)
         _end(workers)
     if failure:
@@ -149,8 +151,8 @@ def _is_stopped(worker: BaseProcess) -> bool:
 def _end_of(code: int) -> str:
     """How a process ended that did not say that it was done."""
     if code < 0:
-        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
-    return f"ended with status {code} before it was done"
+        return f"was ended by signal {-code} ({signal.strsignal(-code)})"
+    return f"ended with status {code}" if code else "ended before it was done"
 
 
 def _end(workers: list[BaseProcess]) -> None:
@@ -189,6 +191,7 @@ class Machines:
             except DistNetworkError as error:
                 raise UserError(f"--port: {port} cannot be used ({reason(error)}); it takes a free port") from None
         self.ended = threading.Event()  # the processes of this machine
+        self.gone = threading.Event()  # its watcher
         self.others_ended = world_size == nprocs
         self.heard = math.inf  # when the store last answered; the first machine may be there later
         self.talk = threading.Thread(target=self._talk, daemon=True)
@@ -216,6 +219,7 @@ class Machines:
         self.ended.set()
         if self.talk.is_alive():
             self.talk.join(TO_END)
+        self.gone.set()
 
     def _named(self, rank: int, count: int, host: str) -> str:
         ranks = f"rank {rank}" if count == 1 else f"ranks {rank} to {rank + count - 1}"
@@ -238,9 +242,9 @@ class Machines:
                 store.set(f"machine {self.offset}", json.dumps(word))
                 self._look(store, heard)
                 self.heard = time.monotonic()
-                if ended and (self.others_ended or not self.host):
+                if self.gone.is_set() or (ended and (self.others_ended or not self.host)):
                     return
-                (time.sleep if ended else self.ended.wait)(BEAT)
+                (self.gone if ended else self.ended).wait(BEAT)
         except RuntimeError as error:  # torch's, of a store that is not there
             lost = f"{self._named(0, 1, self.ip)}: its machine does not answer ({reason(error)})"
             self.failure = self.failure or Failure(lost)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import recbole.quick_start
 import recbole.quick_start.quick_start as recbole_quick_start
@@ -64,8 +63,11 @@ def run_together(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
     Raises:
         RankFailed, UserError: see processes.launch().
     """
-    with mock.patch.object(torch.multiprocessing, "spawn", processes.launch):
+    spawn, torch.multiprocessing.spawn = torch.multiprocessing.spawn, processes.launch
+    try:
         return _run(*args, **kwargs)
+    finally:
+        torch.multiprocessing.spawn = spawn
 
 
 def run_recboles(rank: int, *args: Any) -> None:

@@ -114,8 +114,8 @@ def mistake(rank, group):
     [
         (stop, 1, "rank 1 of 2 (HOST) is frozen: it has been stopped for 0.4 s"),
         (stop, 2, "rank 1 of 2 (HOST) is frozen: it has been stopped for 0.4 s"),
-        (die, 1, "rank 1 of 2 (HOST) was ended by signal 9 (SIGKILL)"),
-        (leave, 1, "rank 1 of 2 (HOST) ended with status 0 before it was done"),
+        (die, 1, "rank 1 of 2 (HOST) was ended by signal 9 (Killed)"),
+        (leave, 1, "rank 1 of 2 (HOST) ended before it was done"),
         (fail, 1, "rank 1 of 2 (HOST) failed: ValueError: training loss is nan in epoch 3"),
         (fail, 2, "rank 1 of 2 (HOST) failed: ValueError: training loss is nan in epoch 3"),
     ],

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -41,7 +42,7 @@ TO_END = 5.0  # seconds that processes have to end when they are asked to
 MEETING = timedelta(minutes=30)  # for the first machine to be there
 
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torch's: processes find the store and do not host it
-DONE = ("done", "")  # a process's last word
+DONE = None  # a process's last word, or its error: one line, whether it is the user's mistake, its traceback
 
 
 class RankFailed(RuntimeError):
@@ -101,17 +102,15 @@ def _work(local_rank: int, function: Callable[..., None], args: tuple[Any, ...],
     try:
         function(local_rank, *args)
     except Exception as error:
-        users = isinstance(error, UserError)
-        if not users:
-            traceback.print_exc()
-        writers[local_rank].send(("user" if users else "error", str(error) if users else reason(error)))
+        of_user = isinstance(error, UserError)
+        writers[local_rank].send((str(error), True, "") if of_user else (reason(error), False, traceback.format_exc()))
         threading.Event().wait()  # to be ended: other processes would fail at the end of this one
     writers[local_rank].send(DONE)
 
 
 def _watch(workers: list[BaseProcess], readers: list[Connection], machines: Machines) -> Failure | None:
     """Wait until all processes of all machines are done, or one has failed."""
-    words: dict[int, tuple[str, str]] = {}  # last ones, of local ranks
+    words: dict[int, tuple[str, bool, str] | None] = {}  # last ones, of local ranks
     stopped: dict[int, float] = {}  # local rank -> since when
     reported: float | None = None  # when the first error was
     while True:
@@ -122,7 +121,7 @@ def _watch(workers: list[BaseProcess], readers: list[Connection], machines: Mach
             if rank not in words and reader.poll():
                 words[rank] = reader.recv()
         for rank, code in enumerate(exits):
-            if code is not None and not (code == 0 and words.get(rank) == DONE):
+            if code is not None and not (code == 0 and rank in words and words[rank] is DONE):
                 return Failure(f"{machines.names(rank, 1)} {_end_of(code)}")
             if not _is_stopped(workers[rank]):
                 stopped.pop(rank, None)
@@ -130,12 +129,13 @@ def _watch(workers: list[BaseProcess], readers: list[Connection], machines: Mach
                 return Failure(f"{machines.names(rank, 1)} is frozen: it has been stopped for {FROZEN:g} s")
         if failure := machines.known_failure():
             return failure
-        errors = [rank for rank, word in words.items() if word != DONE]
+        errors = [rank for rank, word in words.items() if word is not DONE]
         if errors:
             reported = reported or time.monotonic()
             if time.monotonic() - reported > FOLLOWS:
-                kind, text = words[errors[0]]
-                return Failure(f"{machines.names(errors[0], 1)} failed: {text}", kind == "user")
+                line, of_user, trace = words[errors[0]]
+                print(trace, end="", file=sys.stderr)
+                return Failure(f"{machines.names(errors[0], 1)} failed: {line}", of_user)
         elif all(code == 0 for code in exits) and machines.all_done():
             return None
 

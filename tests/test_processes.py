@@ -120,10 +120,12 @@ def mistake(rank, group):
         (fail, 2, "rank 1 of 2 (HOST) failed: ValueError: training loss is nan in epoch 3"),
     ],
 )
-def test_one_process_ends_all(job, machines, message):
+def test_one_process_ends_all(capfd, job, machines, message):
     begun = time.monotonic()
     ended = launch(job, machines, 2 // machines)
     assert time.monotonic() - begun < 60
+    printed = capfd.readouterr().err
+    assert printed.count("Traceback") == (job is fail) and "connection closed" not in printed
     assert ended == ["RankFailed: " + message.replace("HOST", HOST)] * machines
 
 

@@ -353,8 +353,10 @@ def test_a_damaged_result_is_named_and_repeated(study, monkeypatch, capsys, kind
     monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "compare", *COMMAND])
     (run,) = folder.glob("study/runs/SASRecCCE-2021-*")
     kept = {file: file.read_bytes() for file in run.iterdir()}
-    part = folder / "study" / f".table.csv.{7**30}"
-    part.write_text("of a command that was killed")
+    (other,) = folder.glob("study/runs/SASRecCCE-2020-*")
+    parts = [folder / "study" / f".table.csv.{7**30}", other / f".SASRecCCE.pth.{5**40}"]
+    for part in parts:
+        part.write_text("of a command that was killed")
     repeated = []
 
     def execute(trials, *others):
@@ -378,7 +380,7 @@ def test_a_damaged_result_is_named_and_repeated(study, monkeypatch, capsys, kind
         execute([])
     assert [trial.folder for trial in repeated] == [str(run)]
     assert re.search(rf"{re.escape(str(run / name))} is damaged \(.+\): this run is repeated\n", printed), printed
-    assert not part.exists() and not (folder / "study" / ".lock").exists()
+    assert not any(part.exists() for part in parts) and not (folder / "study" / ".lock").exists()
 
 
 def test_one_command_at_a_time_has_a_folder(study, monkeypatch, capsys):

@@ -37,6 +37,7 @@ from recbole_cce import (
     settings,
 )
 from recbole_cce.errors import UserError
+from recbole_cce.processes import RankFailed
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -255,6 +256,8 @@ def main() -> None:
                 command(**vars(command_parser().parse_args(flags)))
             else:
                 quick_start.run(**arguments())
+    except RankFailed as error:
+        parser().exit(1, f"{Path(sys.argv[0]).name}: error: {error}\n")
     except Exception as error:
         if not is_users_mistake(error):
             raise

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from recbole_cce import checks, config_sources, quick_start, registry, report, settings
 from recbole_cce.errors import UserError
+from recbole_cce.files import locked, remove_parts
 from recbole_cce.trial import Trial, run
 from recbole_cce.variants import Variant, expand, parse_flags, parse_seeds, parse_variants, parse_vary
 
@@ -73,19 +74,21 @@ def compare(
     trials = plan(output, models, variant or [], vary or [], dataset, config_files, seeds, time_limit, flags or [])
     config = configuration(trials[0])
     metric, gpus = check_metric(metric, config), config["gpu_id"].split(",")
-    waiting = [trial for trial in trials if not is_done(trial)]
-    if waiting:
-        check_data(configuration(waiting[0]))
+    if missing := next((trial for trial in trials if not is_done(trial)), None):
+        check_data(configuration(missing))
     end = begun + (deadline or math.inf)
-    try:
-        execute(waiting, len(trials), parallel, gpus, end, metric)
-        crowded = [trial for trial in waiting if trial.result()["state"] == "out of memory" and not is_done(trial)]
-        if crowded:  # what was missing may be what neighbours held
-            execute(crowded, len(trials), len(gpus), gpus, end, metric)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
-    report.write(Path(output), trials, metric, command)
+    with held(Path(output)):
+        clean(Path(output), trials)
+        try:
+            waiting = [trial for trial in trials if not is_done(trial)]
+            execute(waiting, len(trials), parallel, gpus, end, metric)
+            crowded = [trial for trial in waiting if trial.result()["state"] == "out of memory" and not is_done(trial)]
+            if crowded:  # what was missing may be what neighbours held
+                execute(crowded, len(trials), len(gpus), gpus, end, metric)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+            sys.exit(130)
+        report.write(Path(output), trials, metric, command)
 
 
 def plan(
@@ -194,8 +197,39 @@ def check_data(config: Config) -> None:
 # Running
 
 
+@contextlib.contextmanager
+def held(output: Path) -> Iterator[None]:
+    """The folder of the comparison, for this command alone.
+
+    Raises:
+        UserError: another command has it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(output))
+        except BlockingIOError as error:
+            raise UserError(
+                f"--output: {str(output)!r} is that of another compare that is running ({error}); it takes another "
+                "folder, or the same one after that has ended"
+            ) from None
+        yield
+
+
+def clean(output: Path, trials: list[Trial]) -> None:
+    """Remove what killed commands left in the folder, and runs whose files are damaged, so that they are repeated."""
+    for folder in (output, *output.glob("runs/*")):
+        remove_parts(folder / "*")
+    for trial in trials:
+        if damage := trial.damage():
+            print(f"{damage}: this run is repeated", file=sys.stderr)
+            shutil.rmtree(trial.folder)
+
+
 def is_done(trial: Trial) -> bool:
     """Whether a run need not be repeated: it was tested, or is too large for the device alone."""
+    if trial.damage():
+        return False
     result = trial.result()
     return result["state"] in ("finished", "cut") or (result["state"] == "out of memory" and result["parallel"] == 1)
 
@@ -232,9 +266,10 @@ def execute(trials: list[Trial], total: int, parallel: int, gpus: list[str], end
                 progress.update()
     finally:
         progress.close()
-        for _, process in running.values():
+        for one, process in running.values():
             process.kill()
             process.join()
+            remove_parts(Path(one.folder) / "*")
 
 
 @contextlib.contextmanager

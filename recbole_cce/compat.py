@@ -30,7 +30,7 @@ import pandas as pd
 import scipy.sparse
 import torch
 
-from recbole_cce import checkpoints
+from recbole_cce import checkpoints, seeds
 
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
@@ -464,6 +464,33 @@ def download_prompt() -> str | None:
     return "without a terminal, data sets above 1 GB are downloaded without asking"
 
 
+def seeds_of_processes() -> str:
+    """Give each process of a run random numbers of its own, and the order of rows of several to `seed` (not reported).
+
+    RecBole adds the number of a process to the seed, so that the second one of seed 2020 draws what the first one of
+    2021 does, and its DistributedSampler knows no seed at all.
+    """
+    from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+    from recbole.trainer.trainer import AbstractTrainer
+    from recbole.utils import init_seed
+
+    trainer_init, loader_init = AbstractTrainer.__init__, AbstractDataLoader.__init__
+
+    def init_trainer(self: Any, config: Any, model: Any) -> None:
+        trainer_init(self, config, model)  # all have the first one's weights now
+        if not config["single_spec"]:
+            init_seed(seeds.of_rank(config["seed"], torch.distributed.get_rank()), config["reproducibility"])
+
+    def init_loader(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        loader_init(self, config, *args, **kwargs)
+        if not config["single_spec"]:
+            self.sampler.seed = seeds.of_order(config["seed"])
+            self.generator.manual_seed(seeds.of_rank(config["seed"], torch.distributed.get_rank()))
+
+    AbstractTrainer.__init__, AbstractDataLoader.__init__ = init_trainer, init_loader
+    return "processes of one run draw different numbers, and rows come in an order that depends on the seed"
+
+
 def folders_of_workers() -> str | None:
     """Let several processes make ./log and ./saved at once: each makes a folder that it did not find (not reported)."""
     from recbole.utils import utils
@@ -478,14 +505,17 @@ def folders_of_workers() -> str | None:
 def collector_keeps_counters() -> str | None:
     """Let ItemCoverage, AveragePopularity, TailPercentage and the like run (#2131, #2191, #2194).
 
-    Collector.get_data_struct calls .cpu() on everything, also on an int and on a Counter.
+    Collector.get_data_struct calls .cpu() on everything, also on an int and on a Counter. Lists of users for whom fewer
+    than k items are left are filled up with what was ranked last (not reported).
     """
+    from recbole.evaluator.register import metrics_dict
     from recbole.trainer import trainer
 
-    from recbole_cce.evaluation import Collector
+    from recbole_cce import evaluation
 
-    trainer.Collector = Collector
-    return "coverage and popularity metrics no longer crash on .cpu()"
+    trainer.Collector = evaluation.Collector
+    metrics_dict.update(evaluation.OF_ITEMS)
+    return "coverage and popularity metrics no longer crash on .cpu(), and count what was recommended alone"
 
 
 REPAIRS: list[Callable[[], str | None]] = [
@@ -505,6 +535,7 @@ REPAIRS: list[Callable[[], str | None]] = [
     columns_of_options,
     download_barrier,
     download_prompt,
+    seeds_of_processes,
     folders_of_workers,
     collector_keeps_counters,
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import traceback
 from collections.abc import Iterator
 
@@ -27,3 +28,8 @@ def refusals_of_recbole() -> Iterator[None]:
         if not isinstance(error, UserError) and frames[-1][0].f_globals["__name__"].startswith("recbole."):
             raise UserError(str(error)) from error
         raise
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line that fits on a few of a screen; some of RecBole's hold a whole table."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")

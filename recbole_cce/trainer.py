@@ -66,8 +66,8 @@ class EfficientTrainer(Trainer):
         if self.distributed:
             # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
             self.distributed_model.broadcast_buffers = False
+        self.prepared_for: tuple[Any, Callable] | None = None  # loader and loss that the next four belong to
         self.graphed_step: GraphedStep | None = None
-        self.trained: LeanSequentialDataset | None = None  # what the next three belong to
         self.n_targets = 0
         self.resident: LeanSequentialDataset | None = None  # makes batches on the GPU
         self.sizes: torch.Tensor | None = None  # of the rows of the training data, on the CPU
@@ -111,7 +111,7 @@ class EfficientTrainer(Trainer):
         loss_func = loss_func or self.model.calculate_loss
         if self.distributed and train_data.shuffle:
             train_data.sampler.set_epoch(epoch_idx)
-        self._make_resident(train_data)
+        self._prepare(train_data, loss_func)
         progress = tqdm(
             self._batches(train_data),
             total=len(train_data),
@@ -120,8 +120,6 @@ class EfficientTrainer(Trainer):
             disable=not show_progress,
         )
         self.model.compiled = self._wants_compile(train_data)
-        if self.graphed_step is None and self._wants_graph(train_data):
-            self.graphed_step = self._make_graphed_step(train_data, loss_func)
         losses = []
         for interaction in progress:
             places = self._places(train_data, interaction)
@@ -191,15 +189,23 @@ class EfficientTrainer(Trainer):
         self.scaler.scale(with_hook).backward()
         return loss.detach()
 
+    def _prepare(self, train_data: Any, loss_func: Callable[[Interaction], torch.Tensor]) -> None:
+        """Decide how steps are made, where the loader or the loss are not those of the epoch before."""
+        if self.prepared_for == (train_data, loss_func):
+            return
+        self.prepared_for = self.graphed_step = None  # a graph reads the table that is freed next
+        self._make_resident(train_data)
+        if self._wants_graph(train_data):
+            self.graphed_step = self._make_graphed_step(train_data, loss_func)
+        self.prepared_for = train_data, loss_func
+
     def _make_resident(self, train_data: Any) -> None:
         """Count the training data; put them into the memory of the GPU, where batches are then made, if they fit well.
 
         A data set of one's own that makes its rows in another way, and worker processes, make them on the CPU.
         """
         data = train_data.dataset
-        if self.trained is data:
-            return
-        self.trained, self.n_targets = data, data.n_targets
+        self.n_targets = data.n_targets
         self.resident = self.sizes = None
         if type(data).__getitem__ is LeanSequentialDataset.__getitem__:
             self.sizes = data.sizes()
@@ -292,7 +298,6 @@ class EfficientTrainer(Trainer):
         self.saves = saved
         self.train_generator = train_data.generator
         if self.distributed:
-            torch.manual_seed(self.config["seed"] + distributed.get_rank())  # RecBole's local_rank is not unique
             share_file_name(self)
         if self.resumed is not None:
             self._resume_random_state(self.resumed.get("random_states", []))

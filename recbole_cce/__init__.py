@@ -8,7 +8,12 @@ from recbole_cce import compat
 
 compat.apply()
 
-from recbole_cce import checks, quick_start, registry  # noqa: E402  RecBole can be imported only after the repairs
+from recbole_cce import (  # noqa: E402  RecBole can be imported only after the repairs
+    checks,
+    quick_start,
+    registry,
+    saved_data,
+)
 
 __version__ = "0.1.0"
 
@@ -16,5 +21,6 @@ register_model = registry.register_model
 registry.register_builtin()
 checks.install()
 quick_start.install()
+saved_data.install()
 
 __all__ = ["__version__", "register_model"]

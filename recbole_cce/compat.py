@@ -311,6 +311,39 @@ def share_file_name(trainer: Any) -> None:
     trainer.saved_model_file = names[0]
 
 
+def atomic_files() -> str:
+    """Read the files of a data set as they stand, and check what they are asked for (not reported).
+
+    RecBole has pandas guess quotes and missing values, takes any type for any column, drops other lines than those
+    without a user or an item, and filters nothing where an interval is malformed.
+    """
+    from recbole.data.dataset import Dataset
+
+    from recbole_cce import data_columns, data_reader
+
+    original = Dataset._get_preset
+
+    def get_preset(self: Any) -> None:
+        data_columns.check_settings(self.config)
+        original(self)
+
+    Dataset._get_preset = get_preset
+    Dataset._load_feat = data_reader.load_feat
+    return "data files are read without quotes and guessed missing values; columns and filters are checked"
+
+
+def token_tables() -> str:
+    """Keep tokens in the bytes that they take; give lists of pre-split files the ids of their items (not reported)."""
+    from recbole.data.dataset import Dataset, SequentialDataset
+
+    from recbole_cce import data_tokens
+
+    Dataset._remap = data_tokens.remap
+    SequentialDataset._set_alias = data_tokens.set_alias
+    SequentialDataset._init_alias = data_tokens.init_alias
+    return "tables of tokens take their bytes, not the longest token's for each; pre-split lists share the items' ids"
+
+
 def pandas_fill_nan() -> str | None:
     """Fill missing values by assignment: `frame[column].fillna(inplace=True)` does nothing on pandas 3."""
     if not _copies_on_write():
@@ -331,20 +364,7 @@ def pandas_fill_nan() -> str | None:
                     empty = np.array([], dtype=np.int64 if ftype == FeatureType.TOKEN_SEQ else np.float64)
                     feat[field] = [empty if isinstance(value, float) else value for value in feat[field]]
 
-    class PandasWithFilledSequences(types.ModuleType):
-        """pandas, but read_csv gives "" where a *_seq column has no value (columns are `name:type` there)."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(pd, name)
-
-        def read_csv(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-            frame = pd.read_csv(*args, **kwargs)
-            for column in frame.columns[frame.columns.str.endswith("_seq")]:
-                frame[column] = frame[column].fillna("")
-            return frame
-
     module.Dataset._fill_nan = fill_nan
-    module.pd = PandasWithFilledSequences("pandas")
     return f"pandas {pd.__version__} ignores fillna(inplace=True) on a column; missing values are assigned"
 
 
@@ -437,20 +457,15 @@ def columns_of_options() -> str:
     return "options that name a column which no file has are errors"
 
 
-def download_barrier() -> str | None:
-    """Let a single process download a data set: RecBole ends it with torch.distributed.barrier() (#1989, #2050)."""
-    from recbole.data.dataset.dataset import Dataset
+def whole_downloads() -> str:
+    """Download data sets whole or not at all, in one of several processes; without a group, too (#1989, #2050)."""
+    from recbole.data.dataset import Dataset
 
-    original = Dataset._download
+    from recbole_cce import downloads
 
-    def download(self: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return original(self)
-        with _swapped(torch.distributed, "barrier", lambda *args, **kwargs: None):
-            return original(self)
-
-    Dataset._download = download
-    return "downloads finish in a single process without a process group"
+    Dataset._load_data = downloads.load_data
+    Dataset._download = downloads.download
+    return "data sets are downloaded beside their folder, checked and renamed, by one process"
 
 
 def download_prompt() -> str | None:
@@ -529,11 +544,13 @@ REPAIRS: list[Callable[[], str | None]] = [
     cross_entropy_defaults,
     literals_only,
     safe_checkpoints,
+    atomic_files,
+    token_tables,
     pandas_fill_nan,
     pandas_sequence_lengths,
     malformed_intervals,
     columns_of_options,
-    download_barrier,
+    whole_downloads,
     download_prompt,
     seeds_of_processes,
     folders_of_workers,

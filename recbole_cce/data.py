@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -24,8 +23,7 @@ from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_cce import data_cache
-from recbole_cce.data_reader import CReader
+from recbole_cce import data_cache, downloads
 from recbole_cce.data_rows import TARGET_ROW, Gathered, Rows
 from recbole_cce.errors import UserError
 from recbole_cce.history import History, UserHistories, listed
@@ -63,7 +61,7 @@ def counted(values: Any = ()) -> Counter:
 
 def in_order(numbers: torch.Tensor) -> torch.Tensor:
     """Integers in the order of the doubles: torch sorts integers by radix, several times as fast."""
-    bits = (numbers + 0.0).view(torch.int64)  # -0.0, which equals 0.0, becomes it
+    bits = (numbers.double() + 0.0).view(torch.int64)  # -0.0, which equals 0.0, becomes it
     return bits ^ ((bits >> 63) & (2**63 - 1))  # the bits of a negative one count down
 
 
@@ -84,52 +82,14 @@ class LeanSequentialDataset(SequentialDataset):
             either way, so that counts and RecBole's statistics do not depend on `train_targets`.
     """
 
+    OWN_FIELDS = (TARGET_ROW, TARGET_COUNT, ROW_NUMBER)  # no column of a file may have these names
+
     def __init__(self, config: Config) -> None:
         self.flat: Interaction | None = None
         self.time_rank: torch.Tensor | None = None
         self.list_fields: dict[str, str] = {}
         self.windows: np.ndarray | None = None
         super().__init__(config)
-
-    # Reading: one clear error for each mistake in the files and the options that name their columns
-
-    def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
-        columns = self._read_header(filepath)
-        if source == FeatureSource.INTERACTION:
-            loaded, unloaded = self._get_load_and_unload_col(source)
-            for option in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"):
-                field = self.config[option]
-                if field not in columns:
-                    raise UserError(f"{option}: {field!r} is not a column of {filepath}; it has {', '.join(columns)}")
-                if (loaded is not None and field not in loaded) or (unloaded is not None and field in unloaded):
-                    raise UserError(
-                        f"load_col: the column {field!r} ({option}) of {filepath} is not loaded; set "
-                        f"load_col: {{inter: [{', '.join(self._required_fields())}]}}"
-                    )
-        pandas = recbole_dataset.pd
-        recbole_dataset.pd = CReader(pandas)
-        try:
-            return super()._load_feat(filepath, source)
-        except (ValueError, pd.errors.ParserError) as error:
-            raise UserError(f"{filepath} cannot be read: {error}") from error
-        finally:
-            recbole_dataset.pd = pandas
-
-    def _required_fields(self) -> list[str]:
-        return [self.config[option] for option in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
-
-    def _read_header(self, filepath: str) -> list[str]:
-        with open(filepath, encoding=self.config["encoding"]) as file:
-            cells = file.readline().rstrip("\r\n").split(self.config["field_separator"])
-        types = [ftype.value for ftype in FeatureType]
-        for cell in cells:
-            name, _, ftype = cell.partition(":")
-            if not name or ftype not in types:
-                raise UserError(
-                    f"{filepath}: the header cell {cell!r} is not 'name:type' with a type of {', '.join(types)}; "
-                    f"columns are separated by field_separator {self.config['field_separator']!r}"
-                )
-        return [cell.partition(":")[0] for cell in cells]
 
     def _reset_index(self) -> None:
         if self.inter_feat.empty:
@@ -171,8 +131,7 @@ class LeanSequentialDataset(SequentialDataset):
     def _from_scratch(self) -> None:
         """As RecBole's, or from the copy that an earlier run left (`cache_data`)."""
         self._get_preset()
-        if not os.path.exists(self.dataset_path):
-            self._download()
+        downloads.ensure(self)
         # a subclass may keep more than the cache holds
         cache = data_cache.of(self) if type(self) is LeanSequentialDataset else None
         if cache is None:
@@ -270,17 +229,28 @@ class LeanSequentialDataset(SequentialDataset):
             return listed(rows[self.item_id_list_field], rows[self.item_list_length_field])
         return self.histories.before(rows[TARGET_ROW])
 
-    def latest(self, users: torch.Tensor) -> Interaction:
-        """A row for each of `users` [U], as a test row of the next interaction would be: its list holds the last items.
+    def history_lengths(self, users: torch.Tensor) -> torch.Tensor:
+        """How many interactions each of `users` [U] has: none, where only a file of users names it.
 
         Raises:
             UserError: the interactions come from pre-split benchmark files.
         """
         if self.flat is None:
             raise UserError("benchmark_filename: pre-split files do not tell a user's last interactions")
-        uid = self.flat[self.uid_field]
-        first, end = torch.searchsorted(uid, users), torch.searchsorted(uid, users, right=True)
-        length = (end - first).clamp(max=self.max_item_list_len)
+        return self.flat[self.uid_field].bincount(minlength=self.user_num)[users]
+
+    def latest(self, users: torch.Tensor) -> Interaction:
+        """A row for each of `users` [U], as a test row of the next interaction would be: its list holds the last items.
+
+        Raises:
+            UserError: as history_lengths().
+            ValueError: a user has no interaction.
+        """
+        count = self.history_lengths(users)
+        if not count.all():
+            raise ValueError(f"user {int(users[count == 0][0])} has no interaction")
+        end = torch.searchsorted(self.flat[self.uid_field], users, right=True)
+        length = count.clamp(max=self.max_item_list_len)
         rows = Interaction({self.uid_field: users, self.item_list_length_field: length, TARGET_ROW: end})
         listed = self._with_lists(rows, self.max_item_list_len)
         listed.update(Interaction({TARGET_ROW: end}))

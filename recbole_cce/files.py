@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows, where locked() does nothing
+except ImportError:  # Windows
     fcntl = None
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file that takes the place of `file` when it is complete.
 
-    A kill, an error or a full disk leaves `file` as it was; of processes that write at once, one wins.
+    A kill, an error or a full disk leaves `file` as it was; of processes that write at once, one wins. What a kill
+    leaves beside it the next writer removes.
     """
-    part = file.with_name(f".{file.name}.{uuid.uuid4().int}")
+    remove_parts(file)
+    part, stream, locked = _new_part(file)
     try:
-        with open(part, "wb") as stream:
+        with stream:
             write(stream)
-        part.replace(file)
+            stream.flush()
+            if locked:  # until it is renamed it could be taken for one that a kill has left
+                part.replace(file)
+        if not locked:  # Windows renames no open file
+            part.replace(file)
     finally:
         part.unlink(missing_ok=True)
 
 
 def remove_parts(file: Path) -> None:
-    """Remove what writers of `file` left behind that were killed; its name `*` stands for all files of a folder."""
-    for part in file.parent.glob(f".{file.name}.*[0-9]"):
-        part.unlink(missing_ok=True)
+    """Remove what writers of `file` left behind that were killed; its name `*` stands for all files of the folder.
+
+    Those at work hold a lock; without locks, none is removed.
+    """
+    name = "*" if file.name == "*" else glob.escape(file.name)
+    for part in file.parent.glob(f".{name}.{'[0-9]' * 30}*"):
+        with contextlib.suppress(OSError), open(part, "rb+") as stream:
+            if lock(stream, wait=False):
+                part.unlink()
+
+
+def lock(stream: IO | int, wait: bool = True) -> bool:
+    """Lock a file until it is closed or the process ends; False where another process has it, or there are no locks."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _new_part(file: Path) -> tuple[Path, BinaryIO, bool]:
+    """An empty part, its stream and whether that is locked."""
+    while True:
+        part = file.with_name(f".{file.name}.{uuid.uuid4().int:039}")
+        stream = open(part, "xb")  # noqa: SIM115  the caller closes it
+        locked = lock(stream)
+        if os.fstat(stream.fileno()).st_nlink:  # nobody removed it before it was locked
+            return part, stream, locked
+        stream.close()
 
 
 @contextlib.contextmanager
@@ -48,30 +81,30 @@ def locked(folder: Path) -> Iterator[None]:
         return
     file = folder / ".lock"
     while True:
-        lock = os.open(file, os.O_RDWR | os.O_CREAT)
+        held = os.open(file, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(lock, 1000).decode(errors="replace")
-            os.close(lock)
+            holder = os.read(held, 1000).decode(errors="replace")
+            os.close(held)
             raise BlockingIOError(holder or "another process") from None
         except OSError:  # a file system without locks
             break
-        if _is_at(lock, file):
+        if _is_at(held, file):
             break
-        os.close(lock)  # whoever held it removed it after it was opened here
-    os.truncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.close(held)  # whoever held it removed it after it was opened here
+    os.truncate(held, 0)
+    os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
-        os.close(lock)
+        os.close(held)
 
 
-def _is_at(lock: int, file: Path) -> bool:
+def _is_at(held: int, file: Path) -> bool:
     """Whether an open file still stands where it was opened."""
     try:
-        return os.path.samestat(os.fstat(lock), file.stat())
+        return os.path.samestat(os.fstat(held), file.stat())
     except FileNotFoundError:
         return False

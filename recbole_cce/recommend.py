@@ -30,6 +30,8 @@ def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = Non
     The columns of `output` are user, item (external tokens), rank (from 1) and score. Users come in the order of
     `users`, or of the data set's ids. Rows are written as they are computed, and the file appears when it is complete.
 
+    Users without an interaction, whom a file of users names, get no list; a warning counts them.
+
     Args:
         checkpoint: file that training has saved; the data set is read as its configuration says.
         output: path of a .csv or a .parquet file, which takes pyarrow.
@@ -38,7 +40,8 @@ def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = Non
         exclude_seen: leave out items that a user has had. Lists are shorter where too few are left.
 
     Raises:
-        UserError: a wrong option, an unknown user, a checkpoint of a model that is not of this package.
+        UserError: a wrong option, an unknown user, no user with an interaction, a checkpoint of a model that is not of
+            this package.
     """
     suffix = Path(output).suffix
     if suffix not in FORMATS:
@@ -48,6 +51,7 @@ def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = Non
     if not 1 <= k < model.n_items:
         raise UserError(f"--k: {k} is not valid; it takes 1 to {model.n_items - 1}, the number of items")
     ids = torch.arange(1, dataset.user_num) if tokens is None else user_ids(dataset, tokens, users)
+    ids = with_history(dataset, ids)
     tables = recommendations(model, dataset, ids, k, exclude_seen, config)
     write_whole(Path(output), lambda file: WRITERS[suffix](file, tables))
     getLogger().info(f"{k} items for each of {len(ids)} users: {output}")
@@ -99,6 +103,16 @@ def user_ids(dataset: LeanSequentialDataset, tokens: list[str], file: str) -> to
             f"checkpoint's settings filter it, the first is {unknown[0]!r}"
         )
     return torch.tensor([known[token] for token in tokens], dtype=torch.int64)
+
+
+def with_history(dataset: LeanSequentialDataset, users: torch.Tensor) -> torch.Tensor:
+    """Those of `users` [U] who have an interaction."""
+    left = users[dataset.history_lengths(users) > 0]
+    if len(left) == 0:
+        raise UserError(f"--users: none of the {len(users)} users has an interaction in {dataset.dataset_name}")
+    if len(left) < len(users):
+        getLogger().warning(f"{len(users) - len(left)} of {len(users)} users have no interaction: they get no list")
+    return left
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from recbole_cce import cli, recommend
+from recbole_cce.errors import UserError
 from tests.build import experiment
 
 
@@ -82,6 +83,28 @@ def test_some_users_in_their_order(trained):
     for place, user in enumerate(users):
         mine = some[3 * place : 3 * place + 3].reset_index(drop=True)
         pd.testing.assert_frame_equal(mine, whole[whole["user"] == user].reset_index(drop=True), check_exact=False)
+
+
+def test_users_without_interactions_get_no_list(tiny, tiny_config, caplog):
+    """Known from a file of users alone; before, their lists left out the items of the next user."""
+    users = "\n".join(f"{name}\t1" for name in ["early", *(f"u{user}" for user in range(40)), "late"])
+    (tiny / "tiny" / "tiny.user").write_text(f"user_id:token\tage:float\n{users}\n")
+    columns = {**tiny_config["load_col"], "user": ["user_id", "age"]}
+    run = experiment("SASRecCCE", {**tiny_config, "load_col": columns, "epochs": 1})
+    run.trainer.fit(run.train, run.valid)
+    for exclude_seen in (False, True):
+        recommend.recommend(run.trainer.saved_model_file, "top.csv", k=3, exclude_seen=exclude_seen)
+        assert sorted(pd.read_csv("top.csv")["user"].unique()) == sorted(f"u{user}" for user in range(40))
+        assert caplog.messages[-1:] == ["2 of 42 users have no interaction: they get no list"]
+        caplog.clear()
+    Path("users.txt").write_text("early\nu7\n")
+    recommend.recommend(run.trainer.saved_model_file, "top.csv", k=3, users="users.txt")
+    assert pd.read_csv("top.csv")["user"].tolist() == ["u7"] * 3
+    Path("users.txt").write_text("early\nlate\n")
+    with pytest.raises(UserError, match="--users: none of the 2 users has an interaction in tiny"):
+        recommend.recommend(run.trainer.saved_model_file, "none.csv", k=3, users="users.txt")
+    with pytest.raises(ValueError, match="user 41 has no interaction"):
+        run.train.dataset.latest(torch.tensor([3, 41]))
 
 
 def test_parquet_holds_the_same(trained):

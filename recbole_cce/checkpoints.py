@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from recbole_cce.errors import UserError
 from recbole_cce.files import write_whole
 
 LAST = ".last"  # not *.pth: scripts that look for RecBole's files find what they did
@@ -61,22 +62,22 @@ def read(file: Path | str, trust: bool = False) -> dict[str, Any]:
         trust: also unpickle objects, which can run any code that whoever made the file put there.
 
     Raises:
-        ValueError: it is damaged, needs `trust`, or is no checkpoint of RecBole.
+        UserError: it is damaged, needs `trust`, or is no checkpoint of RecBole.
     """
     damaged = f"{file} is truncated or corrupt: delete it, and resume from another checkpoint or train anew"
     if not _is_whole(file):
-        raise ValueError(damaged)
+        raise UserError(damaged)
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
     except RuntimeError as error:
-        raise ValueError(damaged) from error
+        raise UserError(damaged) from error
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} holds pickled objects, as stock RecBole writes them, and unpickling can run any code: if you "
             "trust whoever made it, use --trust-checkpoint, or load_data_and_model(file, trust_checkpoint=True)"
         ) from error
     if not isinstance(state, dict) or "config" not in state:
-        raise ValueError(f"{file} is not a checkpoint of RecBole: it holds no configuration")
+        raise UserError(f"{file} is not a checkpoint of RecBole: it holds no configuration")
     return state
 
 
@@ -103,11 +104,11 @@ def newest(folder: Path | str, model: str, dataset: str, trust: bool = False) ->
     """The file of a model and a data set that was written last.
 
     Raises:
-        ValueError: there is none, or a newer file cannot be read.
+        UserError: there is none, or a newer file cannot be read.
     """
     files = [file for suffix in ("", LAST) for file in Path(folder).glob(f"{model}-*.pth{suffix}")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         config = read(file, trust)["config"]
         if (config["model"], config["dataset"]) == (model, dataset):
             return file
-    raise ValueError(f"--resume: there is no checkpoint of {model} on {dataset} in {str(folder)!r}")
+    raise UserError(f"--resume: there is no checkpoint of {model} on {dataset} in {str(folder)!r}")

@@ -30,7 +30,7 @@ import pandas as pd
 import scipy.sparse
 import torch
 
-from recbole_cce import checkpoints
+from recbole_cce import checkpoints, seeds
 
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
@@ -212,6 +212,14 @@ def cross_entropy_defaults() -> str | None:
 
     Config._load_internal_config_dict = load_internal_config_dict
     return "sequential models with loss_type CE need no train_neg_sample_args: ~"
+
+
+def literals_only() -> str:
+    """Read values of flags, files and config_dict as literals: RecBole passes them to eval() (not reported)."""
+    from recbole_cce import config_sources
+
+    config_sources.install()
+    return "values of flags, files and config_dict are read as literals, not evaluated"
 
 
 def safe_checkpoints() -> str | None:
@@ -406,6 +414,49 @@ def quiet_warnings() -> str | None:
     return "warnings of pandas and torch about RecBole's code are off"
 
 
+def malformed_intervals() -> str:
+    """Refuse intervals that RecBole warns of and then filters nothing by, or all (not reported)."""
+    from recbole.data.dataset.dataset import Dataset
+    from recbole.utils import FeatureType
+
+    from recbole_cce import settings
+
+    original = Dataset._filter_by_field_value
+
+    def parse_intervals(self: Any, text: Any) -> list[tuple[str, float, float, str]] | None:
+        return None if text is None else settings.intervals(text)
+
+    def filter_by_field_value(self: Any) -> None:
+        for field, wanted in (self.config["val_interval"] or {}).items():
+            if field not in self.field2type:
+                continue  # RecBole says so
+            of_numbers = self.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ)
+            if not (settings.is_interval(wanted) if of_numbers else isinstance(wanted, (list, tuple))):
+                takes = settings.INTERVAL if of_numbers else "a list of tokens"
+                settings.refuse("val_interval", wanted, f"{takes} for the column {field!r}")
+        original(self)
+
+    Dataset._parse_intervals_str = parse_intervals
+    Dataset._filter_by_field_value = filter_by_field_value
+    return "malformed intervals are errors"
+
+
+def columns_of_options() -> str:
+    """Name the option whose column no file has: RecBole ends in a KeyError, or leaves the option out (not reported)."""
+    from recbole.data.dataset.dataset import Dataset
+
+    original = Dataset._init_alias
+
+    def init_alias(self: Any) -> None:
+        from recbole_cce import checks
+
+        checks.check_columns(self)
+        original(self)
+
+    Dataset._init_alias = init_alias
+    return "options that name a column which no file has are errors"
+
+
 def whole_downloads() -> str:
     """Download data sets whole or not at all, in one of several processes; without a group, too (#1989, #2050)."""
     from recbole.data.dataset import Dataset
@@ -428,6 +479,33 @@ def download_prompt() -> str | None:
     return "without a terminal, data sets above 1 GB are downloaded without asking"
 
 
+def seeds_of_processes() -> str:
+    """Give each process of a run random numbers of its own, and the order of rows of several to `seed` (not reported).
+
+    RecBole adds the number of a process to the seed, so that the second one of seed 2020 draws what the first one of
+    2021 does, and its DistributedSampler knows no seed at all.
+    """
+    from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+    from recbole.trainer.trainer import AbstractTrainer
+    from recbole.utils import init_seed
+
+    trainer_init, loader_init = AbstractTrainer.__init__, AbstractDataLoader.__init__
+
+    def init_trainer(self: Any, config: Any, model: Any) -> None:
+        trainer_init(self, config, model)  # all have the first one's weights now
+        if not config["single_spec"]:
+            init_seed(seeds.of_rank(config["seed"], torch.distributed.get_rank()), config["reproducibility"])
+
+    def init_loader(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        loader_init(self, config, *args, **kwargs)
+        if not config["single_spec"]:
+            self.sampler.seed = seeds.of_order(config["seed"])
+            self.generator.manual_seed(seeds.of_rank(config["seed"], torch.distributed.get_rank()))
+
+    AbstractTrainer.__init__, AbstractDataLoader.__init__ = init_trainer, init_loader
+    return "processes of one run draw different numbers, and rows come in an order that depends on the seed"
+
+
 def folders_of_workers() -> str | None:
     """Let several processes make ./log and ./saved at once: each makes a folder that it did not find (not reported)."""
     from recbole.utils import utils
@@ -442,14 +520,17 @@ def folders_of_workers() -> str | None:
 def collector_keeps_counters() -> str | None:
     """Let ItemCoverage, AveragePopularity, TailPercentage and the like run (#2131, #2191, #2194).
 
-    Collector.get_data_struct calls .cpu() on everything, also on an int and on a Counter.
+    Collector.get_data_struct calls .cpu() on everything, also on an int and on a Counter. Lists of users for whom fewer
+    than k items are left are filled up with what was ranked last (not reported).
     """
+    from recbole.evaluator.register import metrics_dict
     from recbole.trainer import trainer
 
-    from recbole_cce.evaluation import Collector
+    from recbole_cce import evaluation
 
-    trainer.Collector = Collector
-    return "coverage and popularity metrics no longer crash on .cpu()"
+    trainer.Collector = evaluation.Collector
+    metrics_dict.update(evaluation.OF_ITEMS)
+    return "coverage and popularity metrics no longer crash on .cpu(), and count what was recommended alone"
 
 
 REPAIRS: list[Callable[[], str | None]] = [
@@ -461,13 +542,17 @@ REPAIRS: list[Callable[[], str | None]] = [
     exhaustive_search,
     no_anomaly_detection,
     cross_entropy_defaults,
+    literals_only,
     safe_checkpoints,
     atomic_files,
     token_tables,
     pandas_fill_nan,
     pandas_sequence_lengths,
+    malformed_intervals,
+    columns_of_options,
     whole_downloads,
     download_prompt,
+    seeds_of_processes,
     folders_of_workers,
     collector_keeps_counters,
 ]

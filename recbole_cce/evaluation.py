@@ -1,22 +1,26 @@
 """What RecBole's Collector gets wrong at this scale: full ranking without a [users, items] score matrix.
 
 Stock RecBole scores [eval_batch, V] at once, keeps a second matrix of that size to mark the positives and
-moves non-tensors with .cpu(). Here a batch is ranked chunk by chunk over the catalogue; the metrics classes of
-RecBole are untouched and see the same data.
+moves non-tensors with .cpu(). Here a batch is ranked chunk by chunk over the catalogue, and the metrics of RecBole see
+the same data. Where fewer than k items are left for a user, RecBole fills the list with items that were ranked last or
+not at all; here it ends with the padding item, which no metric counts.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.evaluator import collector as recbole_collector
+from recbole.evaluator import metrics
 from torch import nn
 
 from recbole_cce.history import History
 from recbole_cce.repeats import age_group
 
+PADDING = 0  # the item that stands where a list has ended
 PER_ROW = ("rec.items", "rec.topk", "rec.meanrank")  # what ranking metrics are computed from
 # Numbers of one tensor held at a time, 256 MiB in fp32: scores with eval_chunk_items: auto, and inner states of the
 # encoder. A few of them live at a time, so that 2 GiB are enough whatever the numbers of users and items.
@@ -34,22 +38,23 @@ def chunked_topk(
     weight: torch.Tensor,
     k: int,
     chunk_items: int,
-    padding_idx: int = 0,
+    padding_idx: int = PADDING,
     added: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact top-k items of each row of `hidden` by inner product, never holding more than one chunk of scores.
 
     Args:
         hidden: [users, D] user vectors.
-        weight: [V+1, D] item table; row `padding_idx` comes after all others.
+        weight: [V+1, D] item table; row `padding_idx` is no item.
         k: number of items per user, at most V.
         chunk_items: items scored at a time.
         added: rows of `hidden` and of `weight` [P] each, different pairs, and what is added to their scores [P]; with
-            -inf they come after all other items. None adds nothing.
+            -inf they are left out. None adds nothing.
 
     Returns:
-        [users, k] scores and [users, k] int64 row numbers of `weight`, best first; the scores of what comes last are
-        -inf. Equal scores may come in any order, as with torch.topk. Scores are computed in the dtype of the inputs.
+        [users, k] scores and [users, k] int64 row numbers of `weight`, best first; where fewer than k are left, -inf
+        and `padding_idx` come after them. Equal scores may come in any order, as with torch.topk. Scores are computed
+        in the dtype of the inputs.
     """
     best_scores = hidden.new_empty(hidden.size(0), 0)
     best_items = torch.empty(hidden.size(0), 0, dtype=torch.int64, device=hidden.device)
@@ -71,7 +76,7 @@ def chunked_topk(
         best_items = torch.cat([best_items, items + start], dim=1)
         best_scores, order = best_scores.topk(min(k, best_scores.size(1)), dim=1)
         best_items = best_items.gather(1, order)
-    return best_scores, best_items
+    return best_scores, best_items.masked_fill_(best_scores == -torch.inf, padding_idx)
 
 
 def top_items(
@@ -142,6 +147,9 @@ class Collector(recbole_collector.Collector):
         """Collect one batch. With top-k lists, `positive_i[j]` is the one held-out item of row j."""
         if not isinstance(scores_tensor, TopK):
             super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+            if self.register.need("rec.items"):
+                items = self.data_struct.get("rec.items")[-len(scores_tensor) :]
+                items[scores_tensor.gather(1, items) == -torch.inf] = PADDING
             return
         items = scores_tensor.items
         if self.register.need("rec.items"):
@@ -172,3 +180,74 @@ def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
     shards = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(shards, rows.contiguous())
     return torch.stack(shards, dim=1).flatten(0, 1)[:total]
+
+
+# RecBole's metrics of the items themselves
+
+
+class ItemCoverage(metrics.ItemCoverage):
+    """RecBole's, of the items of the lists."""
+
+    def get_coverage(self, item_matrix: np.ndarray, num_items: int) -> float:
+        """As RecBole's."""
+        return super().get_coverage(listed(item_matrix), num_items)
+
+
+class ShannonEntropy(metrics.ShannonEntropy):
+    """RecBole's, of the items of the lists; 0 without any."""
+
+    def get_entropy(self, item_matrix: np.ndarray) -> float:
+        """As RecBole's."""
+        return super().get_entropy(listed(item_matrix)) if item_matrix.any() else 0.0
+
+
+class GiniIndex(metrics.GiniIndex):
+    """RecBole's, of the items of the lists; 0 without any."""
+
+    def get_gini(self, item_matrix: np.ndarray, num_items: int) -> float:
+        """As RecBole's."""
+        return super().get_gini(listed(item_matrix), num_items) if item_matrix.any() else 0.0
+
+
+class AveragePopularity(metrics.AveragePopularity):
+    """RecBole's: the mean over a list's own items, and over the users who have a list."""
+
+    def get_pop(self, item_matrix: np.ndarray, item_count: dict[int, int]) -> np.ma.MaskedArray:
+        """As RecBole's, masked where a list has ended."""
+        return np.ma.masked_array(super().get_pop(item_matrix, item_count), item_matrix == PADDING)
+
+    def metric_info(self, values: np.ma.MaskedArray) -> np.ndarray:
+        """See means_of_lists()."""
+        return means_of_lists(values)
+
+
+class TailPercentage(metrics.TailPercentage):
+    """RecBole's: the share of a list's own items, averaged over the users who have a list."""
+
+    def get_tail(self, item_matrix: np.ndarray, count_items: dict[int, int]) -> np.ma.MaskedArray:
+        """As RecBole's, masked where a list has ended."""
+        return np.ma.masked_array(super().get_tail(item_matrix, count_items), item_matrix == PADDING)
+
+    def metric_info(self, values: np.ma.MaskedArray) -> np.ndarray:
+        """See means_of_lists()."""
+        return means_of_lists(values)
+
+
+OF_ITEMS: dict[str, type[Any]] = {
+    metric.__name__.lower(): metric
+    for metric in (ItemCoverage, ShannonEntropy, GiniIndex, AveragePopularity, TailPercentage)
+}
+
+
+def listed(item_matrix: np.ndarray) -> np.ndarray:
+    """[N, 1]: the items of lists [users, k], which may have ended before."""
+    return item_matrix[item_matrix != PADDING][:, None]
+
+
+def means_of_lists(values: np.ma.MaskedArray) -> np.ndarray:
+    """[1, k]: the mean of the first 1 to k values of each list [users, k], averaged over the lists that have any.
+
+    RecBole takes means over users of what this returns.
+    """
+    counts = np.ma.masked_equal((~np.ma.getmaskarray(values)).cumsum(axis=1), 0)
+    return (values.filled(0).cumsum(axis=1) / counts).mean(axis=0, keepdims=True).filled(0)

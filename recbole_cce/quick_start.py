@@ -15,8 +15,9 @@ import recbole.quick_start.quick_start as recbole_quick_start
 import torch
 from recbole.config import Config
 
-from recbole_cce import checkpoints, registry
+from recbole_cce import checkpoints, processes, registry
 
+_run = recbole_quick_start.run
 _run_recboles = recbole_quick_start.run_recboles
 _get_trainer = recbole_quick_start.get_trainer
 _load_data_and_model = recbole_quick_start.load_data_and_model
@@ -56,6 +57,19 @@ def configuration(model: str, dataset: str, files: list[str], settings: dict[str
     return Config(model, dataset, config_files(model, dataset, files), settings)
 
 
+def run_together(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+    """RecBole's run; its processes end together, with one error that names the rank.
+
+    Raises:
+        RankFailed, UserError: see processes.launch().
+    """
+    spawn, torch.multiprocessing.spawn = torch.multiprocessing.spawn, processes.launch
+    try:
+        return _run(*args, **kwargs)
+    finally:
+        torch.multiprocessing.spawn = spawn
+
+
 def run_recboles(rank: int, *args: Any) -> None:
     """RecBole's spawn worker. Unpickling it imports recbole_cce, so the models exist in the worker too."""
     share_threads(args[-1]["config_dict"]["nproc"])
@@ -92,7 +106,7 @@ def load_data_and_model(model_file: str, trust_checkpoint: bool = False) -> tupl
         trust_checkpoint: read a file of stock RecBole, which may run any code, and write it anew as a safe one.
 
     Raises:
-        ValueError: names the file and what to do.
+        UserError: names the file and what to do.
     """
     if trust_checkpoint:
         checkpoints.make_safe(model_file)
@@ -103,6 +117,7 @@ def load_data_and_model(model_file: str, trust_checkpoint: bool = False) -> tupl
 
 def install() -> None:
     """Put the functions above where RecBole's entry points look them up, and its users import them from."""
+    recbole_quick_start.run = recbole.quick_start.run = run_together
     recbole_quick_start.run_recboles = run_recboles  # mp.spawn pickles its target by reference
     recbole_quick_start.get_trainer = get_trainer
     recbole_quick_start.load_data_and_model = recbole.quick_start.load_data_and_model = load_data_and_model

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.data import TARGET_COUNT, Places
+from recbole_cce.errors import UserError
 from recbole_cce.history import listed
 from recbole_cce.layers import Packing, encode, encode_original, fuse_gelu, pack, packs
 from recbole_cce.losses import LOSSES
@@ -136,28 +137,28 @@ class EfficientSASRec(SASRec):
         """As torch's, with a clear error when the weights belong to another catalogue or size.
 
         Raises:
-            ValueError: names what differs.
+            UserError: names what differs.
         """
         loaded, own = state_dict.get("item_embedding.weight"), self.item_embedding.weight
         if loaded is not None and loaded.shape != own.shape:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's item table is {loaded.size(0) - 1} items x {loaded.size(1)}, this model's is "
                 f"{own.size(0) - 1} items x {own.size(1)}: it was trained on another data set, with other filters or "
                 "with another hidden_size"
             )
         loaded, own = state_dict.get("position_embedding.weight"), self.position_embedding.weight
         if loaded is not None and loaded.shape != own.shape:
-            raise ValueError(f"MAX_ITEM_LIST_LENGTH: {len(own)} is not the checkpoint's, which is {len(loaded)}")
+            raise UserError(f"MAX_ITEM_LIST_LENGTH: {len(own)} is not the checkpoint's, which is {len(loaded)}")
         return super().load_state_dict(state_dict, strict, assign)
 
     def load_other_parameter(self, para: dict[str, Any] | None) -> None:
         """Refuse weights whose rows stand for other items.
 
         Raises:
-            ValueError: the checkpoint's catalogue has as many items, but not the same ones in the same order.
+            UserError: the checkpoint's catalogue has as many items, but not the same ones in the same order.
         """
         if para and para.get("catalogue", self.catalogue) != self.catalogue:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained on another catalogue (item tokens {para['catalogue']}, this data set's "
                 f"are {self.catalogue}): its rows stand for other items"
             )

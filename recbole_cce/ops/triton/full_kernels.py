@@ -79,7 +79,8 @@ def sweep(
     UP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """BM positions against the rows first..last-1 of the table, without their targets and the padding row.
+    """BM positions against the rows first..last-1 of the table, without their targets and the padding row, which is not
+    even read: it may be NaN, and 0 * NaN is NaN. With TMA, which reads all rows, it is none of these.
 
     low..high: the range of the targets. Returns the reference, and in its units the mass [BM] and, with DIRECTION, the
     sum of exp2(s - reference) W_j [BM, BD]. ONLINE: the reference follows the largest logit, UP above it.
@@ -93,7 +94,8 @@ def sweep(
         if TMA:
             b_w = w_desc.load([start, 0])
         else:
-            b_w = load_rows(w_ptr, o_v, stride_wn, stride_wd, o_v < num_rows, o_d, D, DTYPE)
+            m_v = (o_v < num_rows) & (o_v != padding_idx)
+            b_w = load_rows(w_ptr, o_v, stride_wn, stride_wd, m_v, o_d, D, DTYPE)
         b_s = logits(b_h, b_w, PRECISION)
         stop = start + BV
         own = (start <= high) & (stop > low)
@@ -216,7 +218,8 @@ def full_forward_kernel(
         b_own = own_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D, DTYPE)
         low = tl.min(tl.where(m_n, b_y, num_rows), 0)
         high = tl.max(b_y, 0)
-        first = i_s * split_rows
+        # padding in front is left out by beginning behind it
+        first = i_s * split_rows + tl.where(padding_idx == 0, 1, 0)
         last = tl.minimum(first + split_rows, num_rows)
         # fp16 takes probabilities down to 2^-38 of the largest, in units in which that is 2^14
         UP: tl.constexpr = 14.0 if DTYPE == tl.float16 else 0.0  # noqa: SIM300

@@ -12,10 +12,11 @@ from typing import Any, Optional
 import torch
 import triton
 
+from recbole_cce.ops.derivatives import first_derivative
 from recbole_cce.ops.negatives import Popularity, num_groups
 from recbole_cce.ops.reference.sampled_cross_entropy import Draws
 from recbole_cce.ops.triton.direction import scale_direction
-from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, matrix_options, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, custom_op, matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel
 from recbole_cce.ops.triton.tile_kernels import tile_forward_kernel, tile_weight_gradient_kernel
@@ -105,7 +106,7 @@ def sampled_cross_entropy(
     )[0]
 
 
-@torch.library.custom_op("recbole_cce::sampled_cross_entropy", mutates_args=())
+@custom_op("sampled_cross_entropy")
 def forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -177,7 +178,7 @@ def _(
     return loss, lse, slope, input.new_empty(input.shape if with_direction else 0)
 
 
-@torch.library.custom_op("recbole_cce::sampled_cross_entropy_weight_gradient", mutates_args=())
+@custom_op("sampled_cross_entropy_weight_gradient")
 def weight_gradient(
     grad: torch.Tensor,
     input: torch.Tensor,
@@ -235,6 +236,8 @@ def weight_gradient(
             own_slope = (slope * grad)[:, None]
             for rows in torch.arange(n, device=input.device).split(max(1, BUFFER_ELEMENTS // dim)):
                 shares = own_slope[rows] * input[rows].to(dtype).float()
+                if padding_idx is not None:
+                    shares.masked_fill_((target[rows] == padding_idx)[:, None], 0)
                 grad_weight.index_put_((target[rows],), shares, accumulate=True)
     return grad_weight.to(weight.dtype)
 
@@ -330,6 +333,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, lse, slope)
 
 
+@first_derivative
 def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     """Scale the directions; sum up the rows of the table."""
     *tensors, unit, lse, slope = ctx.saved_tensors

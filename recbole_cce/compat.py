@@ -421,23 +421,10 @@ def malformed_intervals() -> str:
 
     from recbole_cce import settings
 
-    original = Dataset._filter_by_field_value
-
     def parse_intervals(self: Any, text: Any) -> list[tuple[str, float, float, str]] | None:
         return None if text is None else settings.intervals(text)
 
-    def filter_by_field_value(self: Any) -> None:
-        for field, wanted in (self.config["val_interval"] or {}).items():
-            if field not in self.field2type:
-                continue  # RecBole says so
-            of_numbers = self.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ)
-            if not (settings.is_interval(wanted) if of_numbers else isinstance(wanted, (list, tuple))):
-                takes = settings.INTERVAL if of_numbers else "a list of tokens"
-                settings.refuse("val_interval", wanted, f"{takes} for the column {field!r}")
-        original(self)
-
     Dataset._parse_intervals_str = parse_intervals
-    Dataset._filter_by_field_value = filter_by_field_value
     return "malformed intervals are errors"
 
 

@@ -57,6 +57,7 @@ KEYS = {
     "negative_alpha": ([0, 0.75, 10.0], [*REALS, -0.1, 10.5], "a number from 0 to 10"),
     "logq_correction": ([True, False], FLAGS, "True, False"),
     "exclude_seen": ([True, False], FLAGS, "True, False"),
+    "repeat_bias": (["auto", "learned", "none"], ["Auto", "", None, True, 0.5], "auto, learned, none"),
     "mix_x": ([True, False], FLAGS, "True, False"),
     "n_buckets": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
     "bucket_size_x": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
@@ -423,7 +424,7 @@ def test_intervals_of_the_wrong_kind_of_column(tiny_config, tmp_path, model, col
     )
     own = {"load_col": None, "val_interval": {column: wanted}}
     config = Config(model, "tiny", config_dict={**tiny_config, **own})
-    with pytest.raises(UserError, match=rf"val_interval: .* for the column '{column}'"):
+    with pytest.raises(UserError, match=f"val_interval: .* for the column {column}:"):
         create_dataset(config)
 
 

@@ -23,7 +23,7 @@ COLUMNS = ["user_id", "item_id", "timestamp"]
 
 @pytest.fixture
 def settings(tmp_path):
-    """A run of one epoch on the CPU; columns are all that a test's files have."""
+    """A run of one epoch on the CPU, with metrics of the network alone; all columns of the files are loaded."""
     return {
         "data_path": str(tmp_path / "data"),
         "load_col": None,
@@ -34,6 +34,7 @@ def settings(tmp_path):
         "valid_metric": "MRR@3",
         "hidden_size": 16,
         "inner_size": 16,
+        "repeat_bias": "none",
         "show_progress": False,
         "cache_data": False,
     }
@@ -179,6 +180,23 @@ def test_encodings(settings, write, encoding, begin, named):
     write(changed(lambda n, u, i, t: (u, "ö" + i, t)), encoding=encoding, begin=begin)
     dataset = load(settings, encoding=named)
     assert set(dataset.field2id_token["item_id"][1:]) == {f"öi{item}" for item in range(11)}
+
+
+def test_paths_with_odd_characters(settings, write, tmp_path):
+    write(ROWS)
+    odd = tmp_path / "a=b [1] * é?"
+    (tmp_path / "data").rename(odd)
+    for _ in range(2):
+        assert len(load(settings, data_path=str(odd), cache_data=True).inter_feat) == 48
+    assert sorted(file.name for file in (odd / "ok").iterdir()) == ["ok-LeanSequentialDataset.npz", "ok.inter"]
+
+
+def test_a_missing_value_is_no_label(settings, write, caplog):
+    """RecBole would give the line the mean of all ratings, and by that a label."""
+    write(NO_RATING, HEADER + "\trating:float")
+    dataset = load(settings, "BPR", threshold={"rating": 3})
+    assert dataset.inter_feat["label"].tolist() == [1] * 42
+    assert "6 of 48 lines are left out, they have no rating" in caplog.text
 
 
 def test_of_two_lines_of_a_user_the_first(settings, write, caplog):

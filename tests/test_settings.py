@@ -442,6 +442,13 @@ def test_intervals_of_the_wrong_kind_of_column(tiny_config, tmp_path, model, col
 
 
 @pytest.mark.parametrize("model", ["SASRecCCE", "SASRec"])
+def test_another_separator_than_that_of_the_file(tiny_config, model):
+    config = Config(model, "tiny", config_dict={**tiny_config, "field_separator": ";"})
+    with pytest.raises(UserError, match=r"tiny\.inter: the header cell 'user_id:token.* field_separator ';'"):
+        create_dataset(config)
+
+
+@pytest.mark.parametrize("model", ["SASRecCCE", "SASRec"])
 @pytest.mark.parametrize(
     ("own", "message"),
     [

@@ -58,7 +58,7 @@ def final_config_dict(self: Config) -> dict[str, Any]:
     settings.validate(config, table)
     if ours:
         settings.validate_together(config)
-    check_evaluation(config, sequential=self.model_class.type == ModelType.SEQUENTIAL)
+    check_evaluation(config, self.external_config_dict, self.model_class.type == ModelType.SEQUENTIAL)
     if "valid_metric" in self.external_config_dict:  # RecBole's default matters where a model is trained
         check_valid_metric(config)
     check_fields(config)
@@ -73,6 +73,8 @@ def nothing(accepts: Any, value: str | None) -> str | None:
 def table_of(model: str, model_class: type, defaults: Mapping[str, Any]) -> dict[str, settings.Check]:
     """What each key takes; a model's own keys, whose meaning is not known here, take values like their defaults."""
     table = settings.of_our_models() if model in registry.MODELS else dict(settings.RECBOLE_KEYS)
+    if model_class.type == ModelType.SEQUENTIAL:
+        table |= {key: check for key, check in settings.SEQUENTIAL_KEYS.items() if key in defaults}
     own = {key: settings.takes(value) for key, value in defaults.items() if key not in table}
     table |= {key: check for key, check in own.items() if check is not None}
     of_recbole = model_class.__module__.startswith("recbole.")
@@ -82,7 +84,7 @@ def table_of(model: str, model_class: type, defaults: Mapping[str, Any]) -> dict
     return table
 
 
-def check_evaluation(config: Mapping[str, Any], sequential: bool) -> None:
+def check_evaluation(config: Mapping[str, Any], given: Iterable[str], sequential: bool) -> None:
     """Raise a UserError for metrics that RecBole does not have, and for what sequential models do not take."""
     metrics = config["metrics"]
     names = [metrics] if isinstance(metrics, str) else list(metrics)
@@ -96,7 +98,7 @@ def check_evaluation(config: Mapping[str, Any], sequential: bool) -> None:
         raise UserError(f"metrics: {names} are not valid together: some look at ranks, others at the values of scores")
     if sequential and not config["repeatable"]:
         settings.refuse("repeatable", config["repeatable"], "True for sequential models")
-    if sequential and config["eval_args"].get("order", "RO") != "TO":
+    if sequential and "eval_args" in given and config["eval_args"].get("order", "RO") != "TO":
         settings.refuse("eval_args", config["eval_args"], "order: TO for sequential models")
 
 

@@ -428,6 +428,30 @@ def malformed_intervals() -> str:
     return "malformed intervals are errors"
 
 
+def headers_of_files() -> str:
+    """Name a header cell that is not `name:type`: RecBole has "too many values to unpack" for it (not reported)."""
+    from recbole.data.dataset.dataset import Dataset
+
+    from recbole_cce.errors import UserError
+
+    original = Dataset._load_feat
+
+    def load_feat(self: Any, filepath: str, source: Any) -> Any:
+        separator = self.config["field_separator"]
+        with open(filepath, encoding=self.config["encoding"]) as file:
+            cells = file.readline().rstrip("\r\n").split(separator)
+        for cell in cells:
+            if cell.count(":") != 1:
+                raise UserError(
+                    f"{filepath}: the header cell {cell!r} is not 'name:type'; columns are separated by "
+                    f"field_separator {separator!r}"
+                )
+        return original(self, filepath, source)
+
+    Dataset._load_feat = load_feat
+    return "a header cell that is not name:type is named"
+
+
 def columns_of_options() -> str:
     """Name the option whose column no file has: RecBole ends in a KeyError, or leaves the option out (not reported)."""
     from recbole.data.dataset.dataset import Dataset
@@ -536,6 +560,7 @@ REPAIRS: list[Callable[[], str | None]] = [
     pandas_fill_nan,
     pandas_sequence_lengths,
     malformed_intervals,
+    headers_of_files,
     columns_of_options,
     whole_downloads,
     download_prompt,

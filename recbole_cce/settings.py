@@ -388,8 +388,8 @@ RECBOLE_KEYS: dict[str, Check] = {
     ),
 }
 
-# Keys of RecBole's SASRec, and what they take in the models of this package beside or instead of the above.
-SASREC_KEYS: dict[str, Check] = {
+# Keys of RecBole's SASRec, which its other sequential models share.
+SEQUENTIAL_KEYS: dict[str, Check] = {
     "n_layers": _integer(1, most=1024),
     "n_heads": _integer(1, most=1024),
     "hidden_size": _integer(1, most=65536),
@@ -399,6 +399,9 @@ SASREC_KEYS: dict[str, Check] = {
     "hidden_act": _one_of("gelu", "relu", "swish", "tanh", "sigmoid"),
     "layer_norm_eps": _real(0),
     "initializer_range": _real(0),
+}
+# What the models of this package take beside or instead of the above.
+SASREC_KEYS: dict[str, Check] = SEQUENTIAL_KEYS | {
     "reg_weight": _or_nothing(_real(0)),
     "train_batch_size": _integer(1, auto=True),
     "TIME_FIELD": NAME,
@@ -418,7 +421,7 @@ def takes(default: Any) -> Check | None:
     if isinstance(default, bool):
         return FLAG
     if isinstance(default, (int, float)):
-        return "a number", lambda value: isinstance(value, (int, float)) and value == value
+        return "a number", lambda value: isinstance(value, bool) or _number(value)
     if isinstance(default, list):
         return "a list", lambda value: isinstance(value, (list, tuple))
     return None

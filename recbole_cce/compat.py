@@ -319,12 +319,11 @@ def atomic_files() -> str:
     """
     from recbole.data.dataset import Dataset
 
-    from recbole_cce import data_columns, data_reader
+    from recbole_cce import data_reader
 
     original = Dataset._get_preset
 
     def get_preset(self: Any) -> None:
-        data_columns.check_settings(self.config)
         original(self)
 
     Dataset._get_preset = get_preset
@@ -417,7 +416,6 @@ def quiet_warnings() -> str | None:
 def malformed_intervals() -> str:
     """Refuse intervals that RecBole warns of and then filters nothing by, or all (not reported)."""
     from recbole.data.dataset.dataset import Dataset
-    from recbole.utils import FeatureType
 
     from recbole_cce import settings
 
@@ -426,30 +424,6 @@ def malformed_intervals() -> str:
 
     Dataset._parse_intervals_str = parse_intervals
     return "malformed intervals are errors"
-
-
-def headers_of_files() -> str:
-    """Name a header cell that is not `name:type`: RecBole has "too many values to unpack" for it (not reported)."""
-    from recbole.data.dataset.dataset import Dataset
-
-    from recbole_cce.errors import UserError
-
-    original = Dataset._load_feat
-
-    def load_feat(self: Any, filepath: str, source: Any) -> Any:
-        separator = self.config["field_separator"]
-        with open(filepath, encoding=self.config["encoding"]) as file:
-            cells = file.readline().rstrip("\r\n").split(separator)
-        for cell in cells:
-            if cell.count(":") != 1:
-                raise UserError(
-                    f"{filepath}: the header cell {cell!r} is not 'name:type'; columns are separated by "
-                    f"field_separator {separator!r}"
-                )
-        return original(self, filepath, source)
-
-    Dataset._load_feat = load_feat
-    return "a header cell that is not name:type is named"
 
 
 def columns_of_options() -> str:
@@ -560,7 +534,6 @@ REPAIRS: list[Callable[[], str | None]] = [
     pandas_fill_nan,
     pandas_sequence_lengths,
     malformed_intervals,
-    headers_of_files,
     columns_of_options,
     whole_downloads,
     download_prompt,

@@ -6,13 +6,12 @@ one item.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 from recbole.data.dataset import SequentialDataset
 from recbole.utils import FeatureSource, FeatureType
 
+from recbole_cce import settings
 from recbole_cce.errors import UserError
 
 # Columns of tokens that a line is nothing without -> the options that name them.
@@ -23,57 +22,6 @@ ROLES: dict[FeatureSource | str, tuple[str, ...]] = {
     FeatureSource.KG: ("HEAD_ENTITY_ID_FIELD", "RELATION_ID_FIELD", "TAIL_ENTITY_ID_FIELD"),
     "link": ("ITEM_ID_FIELD", "ENTITY_ID_FIELD"),
 }
-
-
-def is_encoding(value: Any) -> bool:
-    """Whether text can be read in it."""
-    try:
-        return value is None or (isinstance(value, str) and "".encode(value) is not None)
-    except (LookupError, ValueError):
-        return False
-
-
-def is_separator(value: Any) -> bool:
-    """Whether cells can stand between it."""
-    return isinstance(value, str) and value != "" and not set(value) & set("\r\n\0")
-
-
-def is_intervals(value: Any) -> bool:
-    """Whether it is intervals such as [5,inf) or (0,1];[3,4]."""
-    try:
-        ends = [re.fullmatch(r"\s*[\[(](.+),(.+)[\])]\s*", part).groups() for part in str(value).split(";")]
-        return all(float(low) <= float(high) for low, high in ends)
-    except (AttributeError, ValueError):  # no match, no number
-        return False
-
-
-INTERVALS = "intervals such as '[5,inf)' or '(0,1];[3,4]'"
-# Settings of reading and filtering: what they take, in words, and whether a value is that.
-SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "encoding": ("the name of an encoding, such as utf-8 or latin-1", is_encoding),
-    "field_separator": ("the text between two cells of a line", is_separator),
-    "seq_separator": ("the text between two values of a cell", is_separator),
-    "rm_dup_inter": ("first, last or ~ (nothing)", lambda value: value in (None, "first", "last")),
-    "val_interval": (
-        "~ (nothing) or a column: its intervals or tokens",
-        lambda value: value is None or isinstance(value, dict),
-    ),
-} | {
-    name: (f"{INTERVALS}, or ~ (nothing)", lambda value: value is None or is_intervals(value))
-    for name in (
-        "user_inter_num_interval",
-        "item_inter_num_interval",
-        "entity_kg_num_interval",
-        "relation_kg_num_interval",
-    )
-}
-
-
-def check_settings(config: Any) -> None:
-    """Raise a UserError for a setting of reading or filtering that is not what it takes."""
-    for name, (valid, accepts) in SETTINGS.items():
-        if not accepts(config[name]):
-            raise UserError(f"{name}: {config[name]!r} is not valid; it takes {valid}")
 
 
 def is_presplit(dataset: Any) -> bool:
@@ -174,7 +122,7 @@ def _check_name(
 
 def _check_values(wanted: Any, path: str, name: str, ftype: FeatureType) -> None:
     if ftype == FeatureType.FLOAT:
-        valid, is_valid = INTERVALS, is_intervals(wanted)
+        valid, is_valid = settings.INTERVAL, settings.is_interval(wanted)
     elif ftype == FeatureType.TOKEN:
         valid = "a list of tokens such as ['4', '5']"
         is_valid = isinstance(wanted, (list, tuple)) and all(isinstance(token, str) for token in wanted)

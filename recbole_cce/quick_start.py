@@ -15,10 +15,9 @@ import recbole.quick_start.quick_start as recbole_quick_start
 import torch
 from recbole.config import Config
 
-from recbole_cce import checkpoints, checks, processes, registry
+from recbole_cce import checkpoints, checks, processes, registry, saved_data
 
 _run = recbole_quick_start.run
-_create_dataset = recbole_quick_start.create_dataset
 _run_recboles = recbole_quick_start.run_recboles
 _get_trainer = recbole_quick_start.get_trainer
 _load_data_and_model = recbole_quick_start.load_data_and_model
@@ -89,7 +88,7 @@ def share_threads(processes: int) -> None:
 def create_dataset(config: Config) -> Any:
     """RecBole's, for its entry points alone: they go on to train, and valid_metric must be computed."""
     checks.check_valid_metric(config)
-    return _create_dataset(config)
+    return saved_data.create_dataset(config)
 
 
 def get_trainer(model_type: Any, model_name: str) -> Callable[..., Any]:

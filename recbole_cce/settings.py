@@ -263,6 +263,7 @@ KEYS: dict[str, Key] = {
 
 FLAG = _one_of(True, False)
 TEXT: Check = ("text", _is_text)
+SEPARATOR: Check = ("text without an end of line", lambda value: _is_text(value) and not set(value) & set("\r\n\0"))
 PATH: Check = ("a path", lambda value: _is_text(value) or isinstance(value, os.PathLike))
 NAME: Check = ("the name of a column", _is_text)
 PLACES = _integer(0, 15)
@@ -327,8 +328,8 @@ RECBOLE_KEYS: dict[str, Check] = {
     "eval_batch_size": _integer(1),
     "metric_decimal_place": PLACES,
     "tail_ratio": _or_nothing(_real(0)),
-    "field_separator": TEXT,
-    "seq_separator": TEXT,
+    "field_separator": SEPARATOR,
+    "seq_separator": SEPARATOR,
     "encoding": _or_nothing(("a text encoding that Python knows, such as utf-8", _is_encoding)),
     "USER_ID_FIELD": NAME,
     "ITEM_ID_FIELD": NAME,

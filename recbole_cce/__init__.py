@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 register_model = registry.register_model
 registry.register_builtin()
 checks.install()
-quick_start.install()
 saved_data.install()
+quick_start.install()
 
 __all__ = ["__version__", "register_model"]

@@ -58,7 +58,9 @@ def final_config_dict(self: Config) -> dict[str, Any]:
     settings.validate(config, table)
     if ours:
         settings.validate_together(config)
-    check_evaluation(config, sequential=self.model_class.type == ModelType.SEQUENTIAL)
+    check_evaluation(config, self.external_config_dict, self.model_class.type == ModelType.SEQUENTIAL)
+    if "valid_metric" in self.external_config_dict:  # RecBole's default matters where a model is trained
+        check_valid_metric(config)
     check_fields(config)
     return config
 
@@ -71,6 +73,8 @@ def nothing(accepts: Any, value: str | None) -> str | None:
 def table_of(model: str, model_class: type, defaults: Mapping[str, Any]) -> dict[str, settings.Check]:
     """What each key takes; a model's own keys, whose meaning is not known here, take values like their defaults."""
     table = settings.of_our_models() if model in registry.MODELS else dict(settings.RECBOLE_KEYS)
+    if model_class.type == ModelType.SEQUENTIAL:
+        table |= {key: check for key, check in settings.SEQUENTIAL_KEYS.items() if key in defaults}
     own = {key: settings.takes(value) for key, value in defaults.items() if key not in table}
     table |= {key: check for key, check in own.items() if check is not None}
     of_recbole = model_class.__module__.startswith("recbole.")
@@ -80,9 +84,9 @@ def table_of(model: str, model_class: type, defaults: Mapping[str, Any]) -> dict
     return table
 
 
-def check_evaluation(config: Mapping[str, Any], sequential: bool) -> None:
-    """Raise a UserError for metrics that RecBole does not have, or a valid_metric that is none of them."""
-    metrics, topk = config["metrics"], config["topk"]
+def check_evaluation(config: Mapping[str, Any], given: Iterable[str], sequential: bool) -> None:
+    """Raise a UserError for metrics that RecBole does not have, and for what sequential models do not take."""
+    metrics = config["metrics"]
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     for name in names:
         if name.lower() not in metric_types:
@@ -92,18 +96,9 @@ def check_evaluation(config: Mapping[str, Any], sequential: bool) -> None:
             )
     if len({metric_types[name.lower()] for name in names}) > 1:
         raise UserError(f"metrics: {names} are not valid together: some look at ranks, others at the values of scores")
-    computed = []
-    for name in map(str.lower, names):
-        by_rank = name != "gauc" and not issubclass(metrics_dict[name], LossMetric)
-        computed += [f"{name}@{k}" for k in ([topk] if isinstance(topk, int) else topk)] if by_rank else [name]
-    if config["eval_step"] > 0 and config["valid_metric"].lower() not in computed:
-        raise UserError(
-            f"valid_metric: {config['valid_metric']!r} is not among metrics and topk; it takes one of "
-            f"{', '.join(computed)}"
-        )
     if sequential and not config["repeatable"]:
         settings.refuse("repeatable", config["repeatable"], "True for sequential models")
-    if sequential and config["eval_args"].get("order", "RO") != "TO":
+    if sequential and "eval_args" in given and config["eval_args"].get("order", "RO") != "TO":
         settings.refuse("eval_args", config["eval_args"], "order: TO for sequential models")
 
 
@@ -119,6 +114,20 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise UserError("log_wandb: True is not valid: wandb is not installed; `pip install wandb`")
 
 
+def check_valid_metric(config: Mapping[str, Any]) -> None:
+    """Raise a UserError for a valid_metric that is not computed; RecBole would notice after the first epoch."""
+    metrics, topk = config["metrics"], config["topk"]
+    computed = []
+    for name in map(str.lower, [metrics] if isinstance(metrics, str) else metrics):
+        by_rank = name != "gauc" and not issubclass(metrics_dict[name], LossMetric)
+        computed += [f"{name}@{k}" for k in ([topk] if isinstance(topk, int) else topk)] if by_rank else [name]
+    if config["eval_step"] > 0 and config["valid_metric"].lower() not in computed:
+        raise UserError(
+            f"valid_metric: {config['valid_metric']!r} is not among metrics and topk; it takes one of "
+            f"{', '.join(computed)}"
+        )
+
+
 def check_columns(dataset: Dataset) -> None:
     """Raise a UserError for an option that names a column which no file has, or one of a type that it does not take."""
     columns = [column for column in (*dataset.field2type, dataset.label_field) if column]
@@ -127,7 +136,7 @@ def check_columns(dataset: Dataset) -> None:
         for column in dataset.config[option] or ():
             if column not in columns:
                 raise UserError(f"{option}: {column!r} is not a column that is loaded{nearest(column, columns)}")
-            if option in aliases and dataset.field2type[column] not in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
+            if option in aliases and dataset.field2type.get(column) not in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
                 raise UserError(f"{option}: {column!r} is not valid; it takes columns of tokens")
 
 

@@ -287,6 +287,7 @@ def arguments() -> dict[str, Any]:
     checks.check_flags(rest, in_files, model)
     check_processes(args)
     config = quick_start.configuration(model, dataset, files)
+    checks.check_valid_metric(config)
     checks.check_gpus(config, args.nproc)
     file = resumed_file(args.resume, args.trust_checkpoint, config)
     names = ("nproc", "world_size", "ip", "group_offset")

@@ -123,6 +123,7 @@ def plan(
             raise UserError(f"--vary: {key} changes nothing in {', '.join(one.name for one in named)}")
     configs = [config(one) for one in expanded]
     check_same(expanded, configs)
+    checks.check_valid_metric(configs[0])
     if configs[0]["eval_step"] < 1:
         settings.refuse("eval_step", configs[0]["eval_step"], "an integer >= 1")
 

@@ -30,12 +30,13 @@ def literal(text: str) -> Any:
 
 
 def literals(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Config._convert_config_dict: literal() of each string, but the string where a key takes that alone."""
+    """Config._convert_config_dict: literal() of each string, but a number stays text where a key takes text."""
 
     def value(key: str, given: Any) -> Any:
         read = literal(given) if isinstance(given, str) else given
         _, accepts = RECBOLE_KEYS.get(key, ("", lambda value: True))
-        return given if accepts(given) and not accepts(read) else read  # the number that names a folder
+        is_name = isinstance(read, (int, float)) and accepts(given) and not accepts(read)  # a folder called 2024
+        return given if is_name else read
 
     return {key: value(key, given) for key, given in settings.items()}
 

@@ -15,7 +15,7 @@ import recbole.quick_start.quick_start as recbole_quick_start
 import torch
 from recbole.config import Config
 
-from recbole_cce import checkpoints, processes, registry
+from recbole_cce import checkpoints, checks, processes, registry, saved_data
 
 _run = recbole_quick_start.run
 _run_recboles = recbole_quick_start.run_recboles
@@ -85,6 +85,12 @@ def share_threads(processes: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
+def create_dataset(config: Config) -> Any:
+    """RecBole's, for its entry points alone: they go on to train, and valid_metric must be computed."""
+    checks.check_valid_metric(config)
+    return saved_data.create_dataset(config)
+
+
 def get_trainer(model_type: Any, model_name: str) -> Callable[..., Any]:
     """RecBole's, for its entry points alone: their trainer goes on from the checkpoint that `resume` names."""
     trainer_class = _get_trainer(model_type, model_name)
@@ -119,5 +125,6 @@ def install() -> None:
     """Put the functions above where RecBole's entry points look them up, and its users import them from."""
     recbole_quick_start.run = recbole.quick_start.run = run_together
     recbole_quick_start.run_recboles = run_recboles  # mp.spawn pickles its target by reference
+    recbole_quick_start.create_dataset = create_dataset
     recbole_quick_start.get_trainer = get_trainer
     recbole_quick_start.load_data_and_model = recbole.quick_start.load_data_and_model = load_data_and_model

@@ -139,7 +139,7 @@ def _values(value: Any) -> bool:
 def _is_encoding(value: Any) -> bool:
     try:
         return _is_text(value) and isinstance("a".encode(value), bytes)
-    except (LookupError, ValueError):
+    except LookupError:
         return False
 
 
@@ -263,7 +263,7 @@ KEYS: dict[str, Key] = {
 
 FLAG = _one_of(True, False)
 TEXT: Check = ("text", _is_text)
-SEPARATOR: Check = ("text within a line", lambda value: _is_text(value) and not set(value) & set("\r\n"))
+SEPARATOR: Check = ("text without an end of line", lambda value: _is_text(value) and not set(value) & set("\r\n\0"))
 PATH: Check = ("a path", lambda value: _is_text(value) or isinstance(value, os.PathLike))
 NAME: Check = ("the name of a column", _is_text)
 PLACES = _integer(0, 15)
@@ -389,8 +389,8 @@ RECBOLE_KEYS: dict[str, Check] = {
     ),
 }
 
-# Keys of RecBole's SASRec, and what they take in the models of this package beside or instead of the above.
-SASREC_KEYS: dict[str, Check] = {
+# Keys of RecBole's SASRec, which its other sequential models share.
+SEQUENTIAL_KEYS: dict[str, Check] = {
     "n_layers": _integer(1, most=1024),
     "n_heads": _integer(1, most=1024),
     "hidden_size": _integer(1, most=65536),
@@ -400,6 +400,9 @@ SASREC_KEYS: dict[str, Check] = {
     "hidden_act": _one_of("gelu", "relu", "swish", "tanh", "sigmoid"),
     "layer_norm_eps": _real(0),
     "initializer_range": _real(0),
+}
+# What the models of this package take beside or instead of the above.
+SASREC_KEYS: dict[str, Check] = SEQUENTIAL_KEYS | {
     "reg_weight": _or_nothing(_real(0)),
     "train_batch_size": _integer(1, auto=True),
     "TIME_FIELD": NAME,
@@ -419,7 +422,7 @@ def takes(default: Any) -> Check | None:
     if isinstance(default, bool):
         return FLAG
     if isinstance(default, (int, float)):
-        return "a number", lambda value: isinstance(value, (int, float)) and value == value
+        return "a number", lambda value: isinstance(value, bool) or _number(value)
     if isinstance(default, list):
         return "a list", lambda value: isinstance(value, (list, tuple))
     return None

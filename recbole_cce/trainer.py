@@ -330,15 +330,16 @@ class EfficientTrainer(Trainer):
 
         Without dropout a model is surer of itself, and its numbers would answer that too.
         """
-        if self.config["repeat_bias"] == "none" or self.config["exclude_seen"] or self.trained is None:
+        if self.config["repeat_bias"] == "none" or self.config["exclude_seen"] or self.prepared_for is None:
             return
+        data = self.prepared_for[0].dataset
         self.model.train()
-        rows = self.trained.some_targets(limit)
-        target = rows[self.trained.iid_field].to(self.device)
+        rows = data.some_targets(limit)
+        target = rows[data.iid_field].to(self.device)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.config["seed"])
             vectors = user_vectors(self.model, rows)
-        self.model.repeat_bias = repeats.fit(self.model, vectors, target, self.trained.history(rows))
+        self.model.repeat_bias = repeats.fit(self.model, vectors, target, data.history(rows))
         self.logger.info(set_color("own items", "blue") + f": {repeats.described(self.model.repeat_bias)}")
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:

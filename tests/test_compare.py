@@ -353,7 +353,7 @@ def test_a_damaged_result_is_named_and_repeated(study, monkeypatch, capsys, kind
     monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "compare", *COMMAND])
     (run,) = folder.glob("study/runs/SASRecCCE-2021-*")
     kept = {file: file.read_bytes() for file in run.iterdir()}
-    (other,) = folder.glob("study/runs/SASRecCCE-2020-*")
+    other = next(folder.glob("study/runs/SASRecCCE-2020-*"))
     parts = [folder / "study" / f".table.csv.{7**30}", other / f".SASRecCCE.pth.{5**40}"]
     for part in parts:
         part.write_text("of a command that was killed")
@@ -404,6 +404,7 @@ def test_one_command_at_a_time_has_a_folder(study, monkeypatch, capsys):
     other.kill()
     other.wait()
     other.stdout.close()
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "compare", *COMMAND])
     cli.main()
 
 

@@ -315,7 +315,8 @@ def test_order_is_that_of_the_seconds_in_the_file(tmp_path):
 
 
 def test_batches_hold_the_rows_of_recbole_for_last_targets(tiny_config):
-    config = Config("SASRecCCE", "tiny", config_dict={**tiny_config, "train_targets": "last"})
+    settings = {"train_targets": "last", "repeat_bias": "none"}
+    config = Config("SASRecCCE", "tiny", config_dict={**tiny_config, **settings})
     train, _, test = data_preparation(config, create_dataset(config))
     assert sum(len(batch) for batch in train) == len(train.dataset.inter_feat)
     batch, _, _, positive_i = next(iter(test))

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from recbole.config import Config, configurator
 from recbole.data import create_dataset
+from recbole.quick_start import run_recbole
 
 from recbole_cce import checks, settings
 from recbole_cce.config_sources import literal
@@ -57,6 +58,7 @@ KEYS = {
     "negative_alpha": ([0, 0.75, 10.0], [*REALS, -0.1, 10.5], "a number from 0 to 10"),
     "logq_correction": ([True, False], FLAGS, "True, False"),
     "exclude_seen": ([True, False], FLAGS, "True, False"),
+    "repeat_bias": (["auto", "learned", "none"], ["Auto", "", None, True, 0.5], "auto, learned, none"),
     "mix_x": ([True, False], FLAGS, "True, False"),
     "n_buckets": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
     "bucket_size_x": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),
@@ -397,8 +399,14 @@ def test_flags_of_a_script_of_the_users_are_its_own(tiny_config, monkeypatch):
         ),
         ({"normalize_field": ["a"], "normalize_all": True}, "normalize_field: ['a'] is not valid with normalize_all: "),
         ({"adam_betas": [0.9, 0.98], "learner": "sgd"}, "adam_betas: [0.9, 0.98] is not for learner: sgd; adam and "),
-        ({"metrics": ["NDCG"]}, "valid_metric: 'MRR@10' is not among metrics and topk; it takes one of ndcg@10"),
-        ({"topk": 5}, "valid_metric: 'MRR@10' is not among metrics and topk; it takes one of recall@5, mrr@5, "),
+        (
+            {"metrics": ["NDCG"], "valid_metric": "MRR@10"},
+            "valid_metric: 'MRR@10' is not among metrics and topk; it takes one of ndcg@10",
+        ),
+        (
+            {"topk": 5, "valid_metric": "MRR@10"},
+            "valid_metric: 'MRR@10' is not among metrics and topk; it takes one of recall@5, mrr@5, ",
+        ),
         ({"hidden_size": 9, "n_heads": 2}, "hidden_size: 9 is not valid; it takes a multiple of n_heads: 2"),
     ],
 )
@@ -406,8 +414,15 @@ def test_values_that_do_not_fit_each_other(tiny_config, own, message):
     assert refused({**tiny_config, **own}).startswith(message)
 
 
-def test_a_valid_metric_is_of_no_use_without_validation(tiny_config):
-    Config("SASRecCCE", "tiny", config_dict={**tiny_config, "eval_step": 0, "topk": 5})
+@pytest.mark.parametrize("model", ["SASRecCCE", "SASRec"])
+def test_a_default_valid_metric_that_is_not_computed(tiny_config, model):
+    """Before any data is read; a Config that trains nothing, or does not validate, is none of its business."""
+    own = {**tiny_config, "topk": 5, "data_path": "nowhere"}
+    Config(model, "tiny", config_dict=own)
+    with pytest.raises(UserError, match=r"valid_metric: 'MRR@10' is not among .*; it takes one of recall@5, mrr@5, "):
+        run_recbole(model, "tiny", config_dict=own)
+    with pytest.raises(ValueError, match="Neither"):
+        run_recbole(model, "tiny", config_dict={**own, "eval_step": 0})
 
 
 @pytest.mark.parametrize("model", ["SASRecCCE", "SASRec"])
@@ -423,7 +438,14 @@ def test_intervals_of_the_wrong_kind_of_column(tiny_config, tmp_path, model, col
     )
     own = {"load_col": None, "val_interval": {column: wanted}}
     config = Config(model, "tiny", config_dict={**tiny_config, **own})
-    with pytest.raises(UserError, match=rf"val_interval: .* for the column '{column}'"):
+    with pytest.raises(UserError, match=f"val_interval: .* for the column {column}:"):
+        create_dataset(config)
+
+
+@pytest.mark.parametrize("model", ["SASRecCCE", "SASRec"])
+def test_another_separator_than_that_of_the_file(tiny_config, model):
+    config = Config(model, "tiny", config_dict={**tiny_config, "field_separator": ";"})
+    with pytest.raises(UserError, match=r"tiny\.inter: the header cell 'user_id:token.* field_separator ';'"):
         create_dataset(config)
 
 

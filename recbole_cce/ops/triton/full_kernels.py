@@ -13,37 +13,9 @@ import triton
 import triton.language as tl
 
 from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E, log_1p
-from recbole_cce.ops.triton.tile_kernels import add_product, load_rows
+from recbole_cce.ops.triton.tile_kernels import add_product, load_rows, logits
 
 SAFE_MASS = tl.constexpr(2.0**64)  # far below what fp32 and bf16 hold, so that sums of vectors cannot overflow either
-
-
-@triton.jit
-def halves(b_x):
-    """Even and odd columns."""
-    return tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
-
-
-@triton.jit
-def logits(b_x, b_y, PRECISION: tl.constexpr):
-    """b_x @ b_y.T in fp32."""
-    LONG: tl.constexpr = b_x.shape[1] >= 64
-    if LONG and b_x.dtype == tl.float32:  # in this order: Triton 3.2 takes no other
-        # Without tensor cores a product adds up its terms one by one: four sums have half the error of one. For the
-        # last argument see add_product().
-        b_x0, b_x1 = halves(b_x)
-        b_y0, b_y1 = halves(b_y)
-        b_x00, b_x01 = halves(b_x0)
-        b_x10, b_x11 = halves(b_x1)
-        b_y00, b_y01 = halves(b_y0)
-        b_y10, b_y11 = halves(b_y1)
-        b_s0 = tl.dot(b_x00, tl.trans(b_y00), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s1 = tl.dot(b_x01, tl.trans(b_y01), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s2 = tl.dot(b_x10, tl.trans(b_y10), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s3 = tl.dot(b_x11, tl.trans(b_y11), input_precision=PRECISION, max_num_imprecise_acc=1)
-        return (b_s0 + b_s1) + (b_s2 + b_s3)
-    else:
-        return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
 
 
 @triton.jit

@@ -33,8 +33,24 @@ class Blocks:
     halves: bool = False
 
 
+HOPPER_MEMORY = 200 * 2**10  # bytes of shared memory: chips that multiply out of it have more
+ROOM = 15 / 16  # of a chip's shared memory is planned with: another Triton may take some more
+
+
+def tile_bytes(blocks: Blocks, width: int, itemsize: int) -> int:
+    """Bytes of shared memory that the tile kernels take at most on chips that multiply out of registers.
+
+    Rows arrive in fp32; as halves they are used in 16 bits before the others come. Products in fp32 have one of their
+    sides there twice.
+    """
+    rows = blocks.positions + blocks.negatives
+    if itemsize == 4:
+        rows += max(blocks.positions, blocks.negatives)
+    return rows * width * (2 if blocks.halves and itemsize == 2 else 4)
+
+
 def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradient: bool = False) -> Blocks:
-    """The first blocks, in order of preference, whose tiles fit in shared memory.
+    """The first blocks, in order of preference, whose tiles fit in shared memory and do not spill registers.
 
     Args:
         depth: positions that share a draw.
@@ -44,16 +60,37 @@ def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradien
         gradient: of the kernel that computes the gradient of the table.
     """
     width = padded(dim)
-    if itemsize == 4:  # products without tensor cores keep their operands in registers: small tiles
-        blocks = Blocks(16 if width > 256 else 32, 16 if width > 256 else 32, 4, 2)
-        return replace(blocks, positions=min(blocks.positions, padded(depth)))
+    if itemsize == 2 and shared_memory >= HOPPER_MEMORY:
+        blocks = hopper_blocks(width, shared_memory, gradient)
+    else:
+        options = register_blocks(width, itemsize, gradient)
+        memory = ROOM * shared_memory
+        blocks = next((option for option in options if tile_bytes(option, width, itemsize) <= memory), options[-1])
+    return replace(blocks, positions=min(blocks.positions, padded(depth)))
+
+
+def register_blocks(width: int, itemsize: int, gradient: bool) -> list[Blocks]:
+    """Blocks where operands and sums of products are in registers: before Hopper, on consumer chips, and in fp32."""
+    if itemsize == 4:
+        if width <= 64:
+            return [Blocks(32, 32, 8, 1)]
+        return [Blocks(32, 16, 8, 1)] if width <= 128 else [Blocks(16, 16, 8, 1, gradient and width > 256)]
+    if width <= 64:
+        return [Blocks(128 if gradient else 64, 64, 4, 1)]
+    if width <= 256:
+        return [Blocks(128 if width <= 128 else 64, 64, 8, 1, True) if gradient else Blocks(64, 32, 8, 2)]
+    return [Blocks(32, 32, 8, 1, True)] if gradient else [Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1)]
+
+
+def hopper_blocks(width: int, shared_memory: int, gradient: bool) -> Blocks:
+    """Blocks of 16-bit products where these read shared memory."""
     if width <= (256 if gradient else 64):
         # small programs hide each other's waiting, if two or more fit on a multiprocessor (each takes 1 KiB more)
         positions, halves = (128, width > 128) if gradient else (64, False)
         # hidden states, and by turns vectors in 16 bits, probabilities and what a product takes on its way to memory
         tiles = positions * width * 2 + 64 * max(width * (2 if halves else 4), positions * 2)
         if 2 * (tiles + 2**10) <= shared_memory + 2**10:
-            return Blocks(min(positions, padded(depth)), 64, 4, 1, halves)
+            return Blocks(positions, 64, 4, 1, halves)
     for positions, negatives, stages in ((128, 64, 3), (128, 32, 3), (128, 64, 2), (128, 32, 2), (64, 32, 2)):
         # the accumulator [positions, width] must fit in 128 registers a thread
         if positions * width > 128 * 256:
@@ -66,8 +103,8 @@ def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradien
             break
     else:
         positions, negatives, stages = 32, 16, 1
-    # halves save registers; chips before Hopper, where they would cost some, have too little memory for these blocks
-    return Blocks(min(positions, padded(depth)), negatives, 8, stages, (width, negatives, stages) == (256, 64, 3))
+    # halves save registers
+    return Blocks(positions, negatives, 8, stages, (width, negatives, stages) == (256, 64, 3))
 
 
 def sampled_cross_entropy(

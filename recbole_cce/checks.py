@@ -72,8 +72,9 @@ def nothing(accepts: Any, value: str | None) -> str | None:
 
 def table_of(model: str, model_class: type, defaults: Mapping[str, Any]) -> dict[str, settings.Check]:
     """What each key takes; a model's own keys, whose meaning is not known here, take values like their defaults."""
-    table = settings.of_our_models() if model in registry.MODELS else dict(settings.RECBOLE_KEYS)
-    if model_class.type == ModelType.SEQUENTIAL:
+    ours = model in registry.MODELS
+    table = settings.of_our_models() if ours else dict(settings.RECBOLE_KEYS)
+    if model_class.type == ModelType.SEQUENTIAL and not ours:
         table |= {key: check for key, check in settings.SEQUENTIAL_KEYS.items() if key in defaults}
     own = {key: settings.takes(value) for key, value in defaults.items() if key not in table}
     table |= {key: check for key, check in own.items() if check is not None}

@@ -23,16 +23,10 @@ from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_cce import data_cache, downloads
+from recbole_cce import auto_settings, data_cache, downloads
 from recbole_cce.data_rows import TARGET_ROW, Gathered, Rows
 from recbole_cce.errors import UserError
 from recbole_cce.history import History, UserHistories, listed
-
-# of train_batch_size: auto. With RecBole's default of 2,048, small data sets need more epochs to as good a model.
-TARGETS_PER_BATCH = 1024
-# Of long histories few have as many, and batches of few users learn worse; but small data needs its many steps.
-ROWS_PER_BATCH, STEPS_PER_EPOCH = 32, 256
-RECBOLE_BATCH_SIZE = 2048  # rows of one target each
 
 # Field of a training batch: how many of a row's last positions are trained.
 TARGET_COUNT = "target_count"
@@ -323,8 +317,7 @@ class LeanSequentialDataset(SequentialDataset):
         if self.config["train_targets"] == "all":
             rows = train.inter_feat
             train.windows = np.flatnonzero(self._starts_window(rows) if TARGET_ROW in rows else self._is_longest(rows))
-        if self.config["train_batch_size"] == "auto":
-            self.config["train_batch_size"] = train._sequences_per_batch()
+        auto_settings.resolve(self.config, train)
         return datasets
 
     @property
@@ -352,13 +345,6 @@ class LeanSequentialDataset(SequentialDataset):
     def n_targets(self) -> int:
         """Targets of the rows that make batches."""
         return int(self.sizes()[1].sum())
-
-    def _sequences_per_batch(self) -> int:
-        """As many rows as have TARGETS_PER_BATCH targets on average, or ROWS_PER_BATCH if an epoch stays long."""
-        if self.windows is None:
-            return RECBOLE_BATCH_SIZE
-        by_targets = round(TARGETS_PER_BATCH * len(self) / self.n_targets)
-        return max(1, by_targets, min(ROWS_PER_BATCH, len(self) // STEPS_PER_EPOCH))
 
     def sizes(self) -> torch.Tensor:
         """[2, rows]: how many positions and how many targets each row that makes batches has."""

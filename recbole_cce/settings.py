@@ -52,10 +52,14 @@ def _integer(low: int, high: int | None = None, auto: bool = False, most: int = 
     )
 
 
-def _real(low: float, high: float | None = None) -> Check:
+def _real(low: float, high: float | None = None, auto: bool = False) -> Check:
+    span = f"a number from {low:g} to {high:g}" if high is not None else f"a number >= {low:g}"
     return (
-        f"a number from {low:g} to {high:g}" if high is not None else f"a number >= {low:g}",
-        lambda value: _number(value) and low <= value < math.inf and (high is None or value <= high),
+        span + (" or auto" if auto else ""),
+        lambda value: (
+            (auto and value == "auto")
+            or (_number(value) and low <= value < math.inf and (high is None or value <= high))
+        ),
     )
 
 
@@ -222,7 +226,7 @@ def _discretization(value: Any) -> bool:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 KEYS: dict[str, Key] = {
-    "loss_type": Key("training loss", *_one_of(*LOSSES)),
+    "loss_type": Key("training loss; auto: CCE up to 65,536 items, CCE- beyond", *_one_of("auto", *LOSSES)),
     "loss_backend": Key("kernels of the loss; auto falls back to torch", *_one_of("auto", "triton", "torch")),
     "loss_dtype": Key("precision of the loss's inputs; auto: that of amp_dtype", *_one_of(*DTYPES)),
     "num_negatives": Key("negatives K per position for CCE-, CE-, BCE, gBCE", *_integer(1, 65536)),
@@ -232,7 +236,7 @@ KEYS: dict[str, Key] = {
     "logq_correction": Key("subtract log(K q) from negative logits", *_one_of(True, False)),
     "n_buckets": Key("SCE: number of buckets; auto: int(2 sqrt(positions))", *_integer(1, auto=True)),
     "bucket_size_x": Key("SCE: positions per bucket; auto: n_buckets' rule", *_integer(1, auto=True)),
-    "bucket_size_y": Key("SCE: items per bucket; auto: 256", *_integer(1, auto=True)),
+    "bucket_size_y": Key("SCE: items per bucket; auto: 1,024", *_integer(1, auto=True)),
     "mix_x": Key("SCE: bucket centres as random mixtures of hidden states", *_one_of(True, False)),
     "gbce_t": Key("gBCE: calibration t", *_real(0, 1)),
     "train_targets": Key("targets: every position, or the last as in RecBole", *_one_of("all", "last")),
@@ -405,6 +409,8 @@ SEQUENTIAL_KEYS: dict[str, Check] = {
 SASREC_KEYS: dict[str, Check] = SEQUENTIAL_KEYS | {
     "reg_weight": _or_nothing(_real(0)),
     "train_batch_size": _integer(1, auto=True),
+    "learning_rate": _real(0, auto=True),
+    "hidden_dropout_prob": _real(0, 1, auto=True),
     "TIME_FIELD": NAME,
     "train_neg_sample_args": (
         "~ (nothing): the loss draws its own negatives, see num_negatives and negative_distribution",

@@ -107,7 +107,9 @@ def expand(variant: Variant, varied: dict[str, list[str]], config: Any) -> list[
 def reads(config: Config, key: str) -> bool:
     """Whether a key changes anything for a model with its loss."""
     model, package = config["model"], Path(recbole.__file__).parent / "properties"
-    loss = LOSSES.get(config["loss_type"]) if model in registry.MODELS else None
+    # a key of negatives makes auto what reads them
+    loss = LOSSES.get("CCE-" if config["loss_type"] == "auto" else config["loss_type"])
+    loss = loss if model in registry.MODELS else None
     if loss is not None and any(key in keys_of_loss(other) for other in LOSSES.values()):
         return key in keys_of_loss(loss)
     own = registry.MODELS.get(model, package / "model" / f"{model}.yaml")

@@ -129,7 +129,7 @@ def _check_values(wanted: Any, name: str, ftype: FeatureType) -> None:
     else:
         settings.refuse("val_interval", name, f"columns of type token or float, not of {ftype.value}")
     if not is_valid:
-        settings.refuse("val_interval", wanted, f"{valid} for the column {name!r}, which is of type {ftype.value}")
+        settings.refuse("val_interval", wanted, f"{valid} for the column {name}:{ftype.value}")
 
 
 def made(dataset: Any, columns: dict[str, FeatureType]) -> set[str]:

@@ -18,12 +18,20 @@ from tests.build import experiment
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float"
 ROWS = [(f"u{u}", f"i{(u * 3 + k * 5) % 11}", 1000 + u + 100 * k) for k in (2, 0, 3, 1, 5, 4) for u in range(8)]
+# what defaults, which may change, would decide
+TRAINING = {
+    "loss_type": "CCE-",
+    "train_batch_size": 32,
+    "learning_rate": 0.002,
+    "hidden_dropout_prob": 0.5,
+    "repeat_bias": "none",
+}
 COLUMNS = ["user_id", "item_id", "timestamp"]
 
 
 @pytest.fixture
 def settings(tmp_path):
-    """A run of one epoch on the CPU, with metrics of the network alone; all columns of the files are loaded."""
+    """A run of one epoch on the CPU; all columns of the files are loaded."""
     return {
         "data_path": str(tmp_path / "data"),
         "load_col": None,
@@ -34,7 +42,6 @@ def settings(tmp_path):
         "valid_metric": "MRR@3",
         "hidden_size": 16,
         "inner_size": 16,
-        "repeat_bias": "none",
         "show_progress": False,
         "cache_data": False,
     }
@@ -61,7 +68,7 @@ def load(settings, model="SASRecCCE", **more):
 
 def result_of(settings, **more):
     """recall@3 and mrr@3 of a run."""
-    run = experiment("SASRecCCE", {**settings, **more}, dataset="ok")
+    run = experiment("SASRecCCE", {**settings, **TRAINING, **more}, dataset="ok")
     run.trainer.fit(run.train, run.valid)
     result = run.trainer.evaluate(run.test)
     return result["recall@3"], result["mrr@3"]

@@ -12,7 +12,8 @@ from recbole.quick_start import run_recbole
 
 def of_run(model, settings, **more):
     """The data set of a run, and its training loader."""
-    config = Config(model, "tiny", config_dict={"trust_checkpoint": True, **settings, **more})
+    config = Config(model, "tiny", config_dict={**settings, **more})
+    config["trust_checkpoint"] = True
     dataset = create_dataset(config)
     return dataset, data_preparation(config, dataset)[0]
 

@@ -314,21 +314,15 @@ def share_file_name(trainer: Any) -> None:
 def atomic_files() -> str:
     """Read the files of a data set as they stand, and check what they are asked for (not reported).
 
-    RecBole has pandas guess quotes and missing values, takes any type for any column, drops other lines than those
-    without a user or an item, and filters nothing where an interval is malformed.
+    RecBole has pandas guess quotes and missing values, takes any type for any column, and drops other lines than those
+    without a user or an item.
     """
     from recbole.data.dataset import Dataset
 
     from recbole_cce import data_reader
 
-    original = Dataset._get_preset
-
-    def get_preset(self: Any) -> None:
-        original(self)
-
-    Dataset._get_preset = get_preset
     Dataset._load_feat = data_reader.load_feat
-    return "data files are read without quotes and guessed missing values; columns and filters are checked"
+    return "data files are read without quotes and guessed missing values; types of columns are checked"
 
 
 def token_tables() -> str:
@@ -411,19 +405,6 @@ def quiet_warnings() -> str | None:
     warnings.filterwarnings("ignore", category=pd.errors.ChainedAssignmentError, module=r"recbole\.")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning, r"recbole\.")
     return "warnings of pandas and torch about RecBole's code are off"
-
-
-def malformed_intervals() -> str:
-    """Refuse intervals that RecBole warns of and then filters nothing by, or all (not reported)."""
-    from recbole.data.dataset.dataset import Dataset
-
-    from recbole_cce import settings
-
-    def parse_intervals(self: Any, text: Any) -> list[tuple[str, float, float, str]] | None:
-        return None if text is None else settings.intervals(text)
-
-    Dataset._parse_intervals_str = parse_intervals
-    return "malformed intervals are errors"
 
 
 def columns_of_options() -> str:
@@ -533,7 +514,6 @@ REPAIRS: list[Callable[[], str | None]] = [
     token_tables,
     pandas_fill_nan,
     pandas_sequence_lengths,
-    malformed_intervals,
     columns_of_options,
     whole_downloads,
     download_prompt,

@@ -82,7 +82,7 @@ def checked(
     for name, ftype in columns.items():
         _check_name(dataset, source, path, name, ftype, name in own)
         if name in (config["val_interval"] or {}):
-            _check_values(config["val_interval"][name], path, name, ftype)
+            _check_values(config["val_interval"][name], name, ftype)
     return columns
 
 
@@ -120,18 +120,16 @@ def _check_name(
         raise UserError(f"{path} has {name}:{ftype.value}, another file {name}:{dataset.field2type[name].value}")
 
 
-def _check_values(wanted: Any, path: str, name: str, ftype: FeatureType) -> None:
+def _check_values(wanted: Any, name: str, ftype: FeatureType) -> None:
     if ftype == FeatureType.FLOAT:
         valid, is_valid = settings.INTERVAL, settings.is_interval(wanted)
     elif ftype == FeatureType.TOKEN:
         valid = "a list of tokens such as ['4', '5']"
         is_valid = isinstance(wanted, (list, tuple)) and all(isinstance(token, str) for token in wanted)
     else:
-        valid, is_valid = "columns of one token or number in a line", False
+        settings.refuse("val_interval", name, f"columns of type token or float, not of {ftype.value}")
     if not is_valid:
-        raise UserError(
-            f"val_interval: {wanted!r} is not valid for the column {name}:{ftype.value} of {path}; it takes {valid}"
-        )
+        settings.refuse("val_interval", wanted, f"{valid} for the column {name!r}, which is of type {ftype.value}")
 
 
 def made(dataset: Any, columns: dict[str, FeatureType]) -> set[str]:

@@ -143,7 +143,7 @@ def _values(value: Any) -> bool:
 def _is_encoding(value: Any) -> bool:
     try:
         return _is_text(value) and isinstance("a".encode(value), bytes)
-    except LookupError:
+    except (LookupError, ValueError):
         return False
 
 
@@ -267,7 +267,7 @@ KEYS: dict[str, Key] = {
 
 FLAG = _one_of(True, False)
 TEXT: Check = ("text", _is_text)
-SEPARATOR: Check = ("text without an end of line", lambda value: _is_text(value) and not set(value) & set("\r\n\0"))
+SEPARATOR: Check = ("text within a line", lambda value: _is_text(value) and not set(value) & set("\r\n"))
 PATH: Check = ("a path", lambda value: _is_text(value) or isinstance(value, os.PathLike))
 NAME: Check = ("the name of a column", _is_text)
 PLACES = _integer(0, 15)

@@ -21,7 +21,7 @@ from recbole.config import Config
 from recbole.data.dataset import Dataset
 from recbole.evaluator.base_metric import LossMetric
 from recbole.evaluator.register import metric_types, metrics_dict
-from recbole.utils import ModelType, argument_list
+from recbole.utils import FeatureType, ModelType, argument_list
 
 from recbole_cce import registry, settings
 from recbole_cce.config_sources import read_yaml
@@ -136,7 +136,7 @@ def check_columns(dataset: Dataset) -> None:
         for column in dataset.config[option] or ():
             if column not in columns:
                 raise UserError(f"{option}: {column!r} is not a column that is loaded{nearest(column, columns)}")
-            if option in aliases and column not in dataset.token_like_fields:
+            if option in aliases and dataset.field2type.get(column) not in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
                 raise UserError(f"{option}: {column!r} is not valid; it takes columns of tokens")
 
 

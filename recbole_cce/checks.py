@@ -137,7 +137,7 @@ def check_columns(dataset: Dataset) -> None:
         for column in dataset.config[option] or ():
             if column not in columns:
                 raise UserError(f"{option}: {column!r} is not a column that is loaded{nearest(column, columns)}")
-            if option in aliases and dataset.field2type[column] not in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
+            if option in aliases and dataset.field2type.get(column) not in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
                 raise UserError(f"{option}: {column!r} is not valid; it takes columns of tokens")
 
 

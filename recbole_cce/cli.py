@@ -97,7 +97,7 @@ def recommend_parser() -> argparse.ArgumentParser:
     """Flags of `recommend`."""
     parser = checkpoint_parser("recommend", "Write the best items for each user, in external tokens.")
     parser.add_argument("--output", required=True, help="a .csv or .parquet file: user, item, rank, score")
-    parser.add_argument("--k", type=whole(1), default=50, help="items a user (default: 50)")
+    parser.add_argument("--k", type=int, default=50, help="items a user (default: 50)")
     parser.add_argument("--users", help="file with one user token a line (default: all users)")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out items that the user has had")
     return parser

@@ -470,8 +470,6 @@ def validate_together(config: Mapping[str, Any]) -> None:
             "attention: 'recbole' is not valid with architecture: original, which RecBole's own layers do not have; it "
             "takes auto, sdpa or packed"
         )
-    if config.get("hidden_size", 0) % config.get("n_heads", 1):
-        refuse("hidden_size", config["hidden_size"], f"a multiple of n_heads: {config['n_heads']}")
     if config.get("adam_betas") is not None and config["learner"].lower() not in ("adam", "adamw"):
         raise UserError(
             f"adam_betas: {config['adam_betas']} is not for learner: {config['learner']}; adam and adamw take it"

@@ -87,8 +87,6 @@ class EfficientTrainer(Trainer):
         betas = self.config["adam_betas"]
         if betas is not None:
             for group in optimizer.param_groups:
-                if "betas" not in group:
-                    raise UserError(f"adam_betas: {betas} is not for learner: {self.learner}; adam and adamw take it")
                 group["betas"] = tuple(betas)
         return optimizer
 

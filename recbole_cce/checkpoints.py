@@ -1,4 +1,4 @@
-"""Checkpoint files: written at once or not at all, and read with one error for each thing that can be wrong with them.
+"""Checkpoint files: plain values and tensors, written at once or not at all, read without running code.
 
 RecBole's file is that of the best epoch. Where the last epoch is another one, it is saved beside it, as `<file>.last`:
 a run that is killed goes on from the newer of the two.
@@ -9,11 +9,17 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import scipy.sparse
 import torch
 
+from recbole_cce import saved_config
+from recbole_cce.errors import UserError
 from recbole_cce.files import write_whole
 
 LAST = ".last"  # not *.pth: scripts that look for RecBole's files find what they did
@@ -30,11 +36,13 @@ def best_file(file: Path | str) -> Path:
 
 
 def write(state: dict[str, Any], destination: Path) -> None:
-    """torch.save, whole or not at all.
+    """torch.save of plain(state), whole or not at all.
 
     Raises:
         OSError: the disk is full, or the like; the destination is as it was.
+        TypeError: a value that is not plain and cannot be made so.
     """
+    state = plain(state)
 
     def save(file: BinaryIO) -> None:
         torch.save(state, file)
@@ -53,30 +61,88 @@ def write(state: dict[str, Any], destination: Path) -> None:
         raise OSError(f"{destination}: the checkpoint could not be written ({cause}); {kept}") from error
 
 
+def plain(state: dict[str, Any]) -> dict[str, Any]:
+    """What RecBole keeps of a run, as stock torch.load reads it with weights_only=True and nothing allow-listed.
+
+    Its configuration becomes a dict. Some models keep more than weights: arrays of NumPy and SciPy become tensors,
+    which as_before() undoes; layers are left out, since their tensors are among the weights.
+
+    Raises:
+        TypeError: there is anything else; names where.
+    """
+    config = state["config"]
+    rest = {key: value for key, value in state.items() if key != "config"}
+    return {"config": dict(config) if isinstance(config, dict) else saved_config.kept(config), **_plain(rest, "")}
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.asarray(value))
+    if scipy.sparse.issparse(value):
+        table = value.tocoo()
+        return {"row": _plain(table.row, name), "column": _plain(table.col, name), "value": _plain(table.data, name)}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(_plain(item, name) for item in value)
+    if isinstance(value, Mapping):
+        kept = {key: item for key, item in value.items() if not isinstance(item, torch.nn.Module)}
+        return {_plain(key, name): _plain(item, f"{name}[{key!r}]") for key, item in kept.items()}
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}, as in {name}")
+
+
+def as_before(value: Any, like: Any, device: torch.device) -> Any:
+    """What plain() made of a model's own state, as the model has it: of the kind of `like`, tensors on the device."""
+    if scipy.sparse.issparse(like):
+        places = (value["row"].numpy(), value["column"].numpy())
+        return type(like)(scipy.sparse.coo_matrix((value["value"].numpy(), places), like.shape))
+    if isinstance(like, np.ndarray):
+        return value.numpy().view(type(like))
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)  # not the bytes of the file
+    if isinstance(value, (list, tuple)):
+        return type(value)(as_before(item, None, device) for item in value)
+    if isinstance(value, dict):
+        items = {key: as_before(item, None, device) for key, item in value.items()}
+        return defaultdict(like.default_factory, items) if isinstance(like, defaultdict) else items
+    return value
+
+
 def read(file: Path | str, trust: bool = False) -> dict[str, Any]:
     """A checkpoint, its tensors on the CPU and mapped from the file: little memory, whatever its size.
 
     Args:
         file: its path.
-        trust: also unpickle objects, which can run any code that whoever made the file put there.
+        trust: also unpickle objects, which can run any code that whoever made the file put there. Stock RecBole writes
+            them, and so did this package once.
 
     Raises:
-        ValueError: it is damaged, needs `trust`, or is no checkpoint of RecBole.
+        UserError: it is damaged, needs `trust`, or is no checkpoint of RecBole.
     """
     damaged = f"{file} is truncated or corrupt: delete it, and resume from another checkpoint or train anew"
     if not _is_whole(file):
-        raise ValueError(damaged)
+        raise UserError(damaged)
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
-    except RuntimeError as error:
-        raise ValueError(damaged) from error
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds pickled objects, as stock RecBole writes them, and unpickling can run any code: if you "
-            "trust whoever made it, use --trust-checkpoint, or load_data_and_model(file, trust_checkpoint=True)"
-        ) from error
-    if not isinstance(state, dict) or "config" not in state:
-        raise ValueError(f"{file} is not a checkpoint of RecBole: it holds no configuration")
+        if not trust:
+            raise UserError(
+                f"{file} holds pickled objects, as stock RecBole writes them, and unpickling can run any code: if you "
+                "trust whoever made it, use --trust-checkpoint, or load_data_and_model(file, trust_checkpoint=True)"
+            ) from error
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+        state = plain(state) if isinstance(state, dict) and "config" in state else None
+    except OSError:
+        raise
+    except Exception as error:  # the safe unpickler has another error for each thing that may be wrong
+        raise UserError(damaged) from error
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or not {"model", "dataset"} <= config.keys():
+        raise UserError(f"{file} is not a checkpoint of RecBole: it holds no configuration")
     return state
 
 
@@ -91,23 +157,25 @@ def _is_whole(file: Path | str) -> bool:
         return False
 
 
-def make_safe(file: Path | str) -> None:
-    """Write a file of stock RecBole anew, so that torch.load reads it with weights_only=True from then on.
+def make_safe(file: Path | str) -> dict[str, Any]:
+    """Write a file of pickled objects anew, so that torch.load reads it with weights_only=True from then on.
 
-    Unpickles it: see `trust` of read().
+    Unpickles it: see `trust` of read(), whose result it returns.
     """
-    write(read(file, trust=True), Path(file))
+    state = read(file, trust=True)
+    write(state, Path(file))
+    return state
 
 
 def newest(folder: Path | str, model: str, dataset: str, trust: bool = False) -> Path:
     """The file of a model and a data set that was written last.
 
     Raises:
-        ValueError: there is none, or a newer file cannot be read.
+        UserError: there is none, or a newer file cannot be read.
     """
     files = [file for suffix in ("", LAST) for file in Path(folder).glob(f"{model}-*.pth{suffix}")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         config = read(file, trust)["config"]
         if (config["model"], config["dataset"]) == (model, dataset):
             return file
-    raise ValueError(f"--resume: there is no checkpoint of {model} on {dataset} in {str(folder)!r}")
+    raise UserError(f"--resume: there is no checkpoint of {model} on {dataset} in {str(folder)!r}")

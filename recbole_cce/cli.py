@@ -39,6 +39,7 @@ EXAMPLES = """examples:
 Every other key of RecBole's configuration is a flag too, as --key=value. Flags win over configuration files.
 """
 TRUST = ("--trust-checkpoint", "--trust_checkpoint")
+TRUST_HELP = "read a file of pickled objects, as stock RecBole has them, which may run any code; it is then made safe"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,11 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="go on training from a checkpoint; without FILE, from the newest one of this model and data set in "
         "checkpoint_dir. Give the other flags of that run again",
     )
-    parser.add_argument(
-        *TRUST,
-        action="store_true",
-        help="let --resume read a file of stock RecBole, which may run any code; it is written anew as a safe one",
-    )
+    parser.add_argument(*TRUST, action="store_true", help=TRUST_HELP)
     parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, one GPU each")
     parser.add_argument("--ip", default="localhost", help="address of the first machine")
     parser.add_argument("--port", default="5678", help="port on the first machine")
@@ -181,6 +178,7 @@ def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser
         prog=f"{Path(sys.argv[0]).name} {command}", description=description, allow_abbrev=False, exit_on_error=False
     )
     parser.add_argument("--checkpoint", required=True, help="file in saved/ that training has written")
+    parser.add_argument(*TRUST, action="store_true", help=TRUST_HELP)
     return parser
 
 

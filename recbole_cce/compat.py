@@ -9,13 +9,10 @@ answered for *our* models alone, by subclasses in trainer.py, evaluation.py and 
 from __future__ import annotations
 
 import builtins
-import collections
 import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
-import logging
 import os
 import sys
 import types
@@ -29,8 +26,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 import torch
-
-from recbole_cce import checkpoints
 
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
@@ -217,50 +212,44 @@ def cross_entropy_defaults() -> str | None:
 def safe_checkpoints() -> str | None:
     """Make checkpoints that stock torch.load reads with weights_only=True, its default since 2.6 (#2155, #2212).
 
-    RecBole writes pickle protocol 4, which the safe unpickler refuses, with its own classes inside. The file is also
-    written beside its destination and renamed, so a crash leaves the last good one.
+    RecBole pickles its own classes into them, and reads them onto the device with all that training needs besides the
+    weights. They are of plain values and tensors here, written beside their destination and renamed, so that a crash
+    leaves the last good one, and read as needed.
     """
-    from recbole.trainer.trainer import Trainer
-
-    torch.serialization.add_safe_globals(classes_in_checkpoints())
-    Trainer._checkpoint_state = checkpoint_state
-    Trainer._save_checkpoint = save_checkpoint
-    return f"torch {torch.__version__} loads checkpoints with weights_only=True; they are written to suit it"
-
-
-def classes_in_checkpoints() -> list[Any]:
-    """What RecBole puts in a checkpoint besides tensors and numbers.
-
-    All hold the Config and with it the class of the model; ItemKNN, EASE and the like NumPy and SciPy arrays; DIN,
-    FDSA, SASRecF and the like a layer with their data set.
-    """
-    import yaml
-    from recbole.config import Config
-    from recbole.data import dataset, interaction
-    from recbole.model import layers
     from recbole.model.abstract_recommender import AbstractRecommender
-    from recbole.sampler import sampler
-    from recbole.utils import enum_type
+    from recbole.trainer import trainer as module
 
-    def subclasses(cls: type) -> Iterator[type]:
-        for child in cls.__subclasses__():
-            yield child
-            yield from subclasses(child)
+    from recbole_cce import checkpoints, saved_config
 
-    for package in ("general", "sequential", "context_aware", "knowledge_aware"):
-        importlib.import_module(f"recbole.model.{package}_recommender")
-    of_recbole = [
-        cls
-        for module in (dataset, interaction, layers, sampler, enum_type)
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if cls.__module__.startswith("recbole.")
-    ]
-    of_numpy = [np.empty(0).__reduce__()[0], np.float64().__reduce__()[0], np.ndarray, np.matrix, np.dtype]
-    of_numpy += [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64", "str", "object")]
-    of_scipy = [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.lil_matrix]
-    of_torch = [torch.nn.Embedding, torch.nn.ModuleList, torch.nn.ModuleDict]
-    others = [Config, yaml.FullLoader, logging.getLogger, list, collections.defaultdict]
-    return [*subclasses(AbstractRecommender), *of_recbole, *of_numpy, *of_scipy, *of_torch, *others]
+    class TorchWithPlainCheckpoints(types.ModuleType):
+        """torch, but with the checkpoints of this package."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def save(self, state: dict[str, Any], file: str, **options: Any) -> None:
+            checkpoints.write(state, Path(file))
+
+        def load(self, file: str, **options: Any) -> dict[str, Any]:
+            return checkpoints.read(file)
+
+    def load_other_parameter(self: Any, saved: dict[str, Any] | None) -> None:
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        for name, value in (saved or {}).items():
+            setattr(self, name, checkpoints.as_before(value, getattr(self, name, None), device))
+
+    init = module.Trainer.__init__
+
+    def init_with_plain_config(self: Any, config: Any, model: Any) -> None:
+        saved_config.kept(config)  # or it would fail after an epoch
+        init(self, config, model)
+
+    module.torch = TorchWithPlainCheckpoints("torch")
+    module.Trainer.__init__ = init_with_plain_config
+    module.Trainer._checkpoint_state = checkpoint_state
+    module.Trainer._save_checkpoint = save_checkpoint
+    AbstractRecommender.load_other_parameter = load_other_parameter
+    return f"torch {torch.__version__} loads checkpoints with weights_only=True; they hold plain values and tensors"
 
 
 def checkpoint_state(trainer: Any, epoch: int) -> dict[str, Any]:
@@ -282,6 +271,10 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
     Every process calls it, the first one of a machine writes. RecBole lets the others go on meanwhile: they would read
     the file of an older epoch.
     """
+    from recbole.utils import set_color
+
+    from recbole_cce import checkpoints
+
     distributed = not trainer.config["single_spec"]
     if distributed:
         share_file_name(trainer)
@@ -289,8 +282,6 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
         destination = Path(kwargs.pop("saved_model_file", trainer.saved_model_file))
         checkpoints.write(trainer._checkpoint_state(epoch), destination)
         if verbose:
-            from recbole.utils import set_color
-
             trainer.logger.info(set_color("Saving current", "blue") + f": {destination}")
     if distributed:
         torch.distributed.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import count, islice, takewhile
 from typing import Any
@@ -297,7 +298,8 @@ class EfficientTrainer(Trainer):
             self._resume_random_state(self.resumed.get("random_states", []))
             if self.resumed.get("scaler"):  # empty where none was needed
                 self.scaler.load_state_dict(self.resumed["scaler"])
-            self.valid_result = self.best_valid_result = self.resumed.get("best_valid_result")
+            if (best := self.resumed.get("best_valid_result")) is not None:
+                self.valid_result = self.best_valid_result = OrderedDict(best)  # as RecBole's evaluator makes it
             if self.cur_step > self.stopping_step:
                 self.epochs = self.start_epoch
                 self.logger.info(
@@ -321,7 +323,7 @@ class EfficientTrainer(Trainer):
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
         score, result = super()._valid_epoch(valid_data, show_progress)
         # RecBole saves a checkpoint when this result is the best, before it calls it so
-        self.valid_result = dict(result)
+        self.valid_result = result.copy()
         return score, result
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import builtins
+import collections
+import contextlib
+import datetime
 import errno
+import importlib
 import io
 import json
+import logging
 import os
+import pickle
 import re
+import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.sparse
 import torch
 import yaml
+from recbole.config import Config
+from recbole.data import dataset as recbole_dataset
+from recbole.data import interaction
+from recbole.model import layers
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.quick_start import load_data_and_model
+from recbole.sampler import sampler
+from recbole.trainer import Trainer
+from recbole.utils import enum_type
 
-from recbole_cce import checkpoints, cli
+from recbole_cce import checkpoints, cli, saved_config
+from recbole_cce.models import sasrec
 from tests.build import experiment
 from tests.process import SCRIPT, python, python_path
 from tests.test_compat import STOCK
@@ -303,9 +322,8 @@ def test_a_full_disk(settings, monkeypatch, saved_before):
 
 
 def test_other_errors_of_a_save_stay_what_they_are(tmp_path):
-    with pytest.raises(Exception, match="pickle") as error:
-        checkpoints.write({"function": lambda: None}, tmp_path / "x.pth")
-    assert not isinstance(error.value, OSError)
+    with pytest.raises(TypeError, match=r"a checkpoint cannot hold a function, as in \['other'\]\['function'\]"):
+        checkpoints.write({"config": {}, "other": {"function": lambda: None}}, tmp_path / "x.pth")
     assert os.listdir(tmp_path) == []
 
 
@@ -373,14 +391,163 @@ def test_stock_files_are_loaded_if_trusted(stock):
         assert_same(dict(model.state_dict()), dict(expected))
 
 
-def test_untrusted_files_run_nothing(tmp_path):
-    """Whatever stands in them."""
+def test_files_of_earlier_versions_are_used_if_trusted(settings, monkeypatch, capsys):
+    """They hold the Config itself."""
+    run = experiment("SASRecCCE", {**settings, "epochs": 1})
+    fit(run)
+    file = run.trainer.saved_model_file
+    torch.save({**torch.load(file), "config": run.config, "state_dict": run.model.state_dict()}, file)
+    flags = ["run_recbole_cce.py", "export", f"--checkpoint={file}", "--output=items"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "holds pickled objects" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*flags, "--trust-checkpoint"])
+    cli.main()
+    assert np.array_equal(np.load("items.npy"), run.model.item_embedding.weight[1:].detach())
+    assert torch.load(file, weights_only=True)["config"] == saved_config.kept(run.config)
 
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "attacked"),)
 
-    torch.save({"config": Attack()}, "attack.pth")
-    with pytest.raises(ValueError, match="--trust-checkpoint"):
-        checkpoints.read("attack.pth")
-    assert not (tmp_path / "attacked").exists()
+# Files that would run code
+
+RUN = "__import__('os').mkdir('attacked')"
+
+
+class Call:
+    """Pickled, a call of a function as it is read."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def callables():
+    """What files of RecBole, and of earlier versions of this package, name; and what an attack would name."""
+    for package in ("general", "sequential", "context_aware", "knowledge_aware"):
+        importlib.import_module(f"recbole.model.{package}_recommender")
+    models = [*subclasses(AbstractRecommender)]
+    assert len(models) > 90 and {sasrec.SASRecCCE, sasrec.SASRecSCE} < set(models)
+    modules = (interaction, layers, sampler, enum_type, recbole_dataset)
+    classes = [cls for module in modules for cls in vars(module).values() if isinstance(cls, type)]
+    classes = [cls for cls in classes if cls.__module__.startswith("recbole.")]
+    arrays = [np.empty(0).__reduce__()[0], np.float64().__reduce__()[0], np.ndarray, np.matrix, np.dtype]
+    arrays += [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64", "str", "object")]
+    arrays += [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.lil_matrix]
+    others = [torch.nn.Embedding, torch.nn.ModuleList, torch.nn.ModuleDict, list, collections.defaultdict]
+    others += [yaml.FullLoader, logging.getLogger, getattr, subprocess.Popen, runpy.run_path, importlib.import_module]
+    yield from (Call(one) for one in [*models, *classes, *arrays, *others])
+    yield from DANGEROUS.values()
+
+
+def subclasses(cls):
+    for child in cls.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+DANGEROUS = {
+    "a configuration": Call(Config, "SASRecCCE", "ml-100k", None, {"x": RUN}),
+    "eval": Call(eval, RUN),
+    "exec": Call(exec, RUN),
+    "mkdir": Call(os.mkdir, "attacked"),
+    "system": Call(os.system, "mkdir attacked"),
+    "yaml": Call(yaml.load, f'!!python/object/apply:eval ["{RUN}"]', yaml.UnsafeLoader),
+    "loader": Call(yaml.FullLoader, "x: 1"),
+    "logger": Call(logging.getLogger, "attacked"),
+}
+
+
+def attack(call, file="attack.pth"):
+    """A checkpoint with a call in it, beside what a reader looks at first."""
+    config = {"model": "SASRecCCE", "dataset": "tiny"}
+    torch.save({"config": config, "epoch": 0, "state_dict": {}, "optimizer": call}, file)
+
+
+def test_no_call_is_made():
+    """By torch.load, or by this package; the dangerous ones do what they are to do where a file is trusted."""
+    for call in callables():
+        attack(call)
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            torch.load("attack.pth", weights_only=True)
+        with pytest.raises(ValueError, match="--trust-checkpoint"):
+            checkpoints.read("attack.pth")
+    assert not Path("attacked").exists()
+    for name in ("a configuration", "eval", "exec", "mkdir", "system"):
+        attack(DANGEROUS[name])
+        with contextlib.suppress(TypeError):  # of what is no checkpoint
+            checkpoints.read("attack.pth", trust=True)
+        os.rmdir("attacked")
+
+
+@pytest.mark.parametrize("name", DANGEROUS)
+def test_no_way_in_makes_a_call(settings, monkeypatch, capsys, name):
+    run = experiment("SASRecCCE", settings)
+    best, last = "saved/SASRecCCE-attack.pth", "saved/SASRecCCE-attack.pth.last"
+    attack(DANGEROUS[name], best)
+    for read in (
+        load_data_and_model,
+        run.trainer.resume_checkpoint,
+        lambda file: run.trainer.evaluate(run.test, model_file=file),
+        lambda file: Trainer.resume_checkpoint(run.trainer, file),
+    ):
+        with pytest.raises(ValueError, match="--trust-checkpoint"):
+            read(best)
+    for file, *flags in (
+        [best, *FLAGS, f"--resume={best}"],
+        [best, *FLAGS, "--resume"],
+        [last, *FLAGS, "--resume"],
+        [best, "recommend", f"--checkpoint={best}", "--output=top.csv"],
+        [best, "export", f"--checkpoint={best}", "--output=items"],
+    ):
+        os.replace(next(Path("saved").glob("*attack*")), file)
+        monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", *flags])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2 and "--trust-checkpoint" in capsys.readouterr().err
+    assert not Path("attacked").exists()
+
+
+def test_strings_of_a_configuration_are_not_evaluated(settings, monkeypatch):
+    run = experiment("SASRecCCE", {**settings, "epochs": 1})
+    fit(run)
+    file = run.trainer.saved_model_file
+    state = torch.load(file)
+    state["config"] |= {"x": RUN, "hidden_act": "gelu", "numbers": ["1 + 1", (RUN, {"y": RUN})], "resume": RUN}
+    torch.save(state, file)
+    config, *_ = load_data_and_model(file)
+    assert (config["x"], config["numbers"], config["resume"]) == (RUN, ["1 + 1", (RUN, {"y": RUN})], None)
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "export", f"--checkpoint={file}", "--output=items"])
+    cli.main()
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", *FLAGS, "--epochs=2", f"--resume={file}"])
+    cli.main()
+    assert not Path("attacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "../../x"}, r"the checkpoint's model: there is no model '\.\./\.\./x'"),
+        ({"model": "KD_DAGFM", "teacher": RUN}, "the checkpoint's teacher: there is no class .*mkdir"),
+        ({"model": "KD_DAGFM", "teacher": "exit"}, "the checkpoint's teacher: there is no class 'exit'"),
+    ],
+)
+def test_names_in_a_configuration_are_of_what_there_is(settings, values, message):
+    config = saved_config.kept(experiment("SASRecCCE", settings).config)
+    with pytest.raises(ValueError, match=message):
+        saved_config.rebuilt(config | values)
+    assert not Path("attacked").exists()
+
+
+def test_a_configuration_is_what_it_was(settings):
+    values = {"adam_betas": (0.9, 0.98), "numbers": {"a": [1, 2.5, None, True], 3: "[1, 2]"}, "scalar": np.float64(0.5)}
+    config = experiment("SASRecCCE", {**settings, **values}).config
+    assert saved_config.rebuilt(saved_config.kept(config)).final_config_dict == config.final_config_dict
+
+
+@pytest.mark.parametrize("value", [datetime.date(2024, 5, 1), {"a": [{1}]}, b"x", np.ones(2), print])
+def test_a_configuration_that_cannot_be_kept(settings, value):
+    """Refused before training."""
+    with pytest.raises(ValueError, match=r"launched: .* is a \w+, which a checkpoint cannot hold; it takes None, bool"):
+        experiment("SASRecCCE", {**settings, "launched": value})

@@ -39,7 +39,10 @@ EXAMPLES = """examples:
 Every other key of RecBole's configuration is a flag too, as --key=value. Flags win over configuration files.
 """
 TRUST = ("--trust-checkpoint", "--trust_checkpoint")
-TRUST_HELP = "read a file of pickled objects, as stock RecBole has them, which may run any code; it is then made safe"
+TRUST_HELP = (
+    "read files of pickled objects, which may run any code: a checkpoint of stock RecBole, which is then written anew "
+    "as a safe one"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
         help="go on training from a checkpoint; without FILE, from the newest one of this model and data set in "
         "checkpoint_dir. Give the other flags of that run again",
     )
-    parser.add_argument(*TRUST, action="store_true", help=TRUST_HELP)
+    parser.add_argument(
+        *TRUST, action="store_true", help=f"{TRUST_HELP}; a data set that save_dataset or save_dataloaders has written"
+    )
     parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, one GPU each")
     parser.add_argument("--ip", default="localhost", help="address of the first machine")
     parser.add_argument("--port", default="5678", help="port on the first machine")
@@ -238,13 +243,16 @@ def arguments() -> dict[str, Any]:
     dataset = args.dataset or in_files.get("dataset") or "ml-100k"
     config = quick_start.configuration(model, dataset, files)
     checks.check_config(config, args.nproc)
-    file = resumed_file(args.resume, args.trust_checkpoint, config)
+    asked = {
+        "resume": resumed_file(args.resume, args.trust_checkpoint, config),
+        "trust_checkpoint": args.trust_checkpoint,
+    }
     names = ("nproc", "world_size", "ip", "port", "group_offset")
     return {
         "model": model,
         "dataset": dataset,
         "config_file_list": files,
-        "config_dict": {"resume": file} if file else {},
+        "config_dict": {key: value for key, value in asked.items() if value},
     } | {name: getattr(args, name) for name in names}
 
 
@@ -255,8 +263,6 @@ def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str 
         ValueError: there is none, it is damaged, not to be trusted, or one of another model or data set.
     """
     if resume is None:
-        if trust:
-            raise ValueError("--trust-checkpoint is of use with --resume only")
         return None
     names = (config["model"], config["dataset"])
     if resume is True:

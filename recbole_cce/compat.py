@@ -9,11 +9,14 @@ answered for *our* models alone, by subclasses in trainer.py, evaluation.py and 
 from __future__ import annotations
 
 import builtins
+import collections
 import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
+import pickle
 import sys
 import types
 import warnings
@@ -26,6 +29,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 import torch
+
+from recbole_cce.errors import UserError
 
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
@@ -294,6 +299,76 @@ def share_file_name(trainer: Any) -> None:
     trainer.saved_model_file = names[0]
 
 
+def no_unasked_pickles() -> str | None:
+    """Unpickle a saved data set or its loaders only where the run trusts them, by `trust_checkpoint` (not reported).
+
+    RecBole does it with any file of the right name in checkpoint_dir, and a pickle can run any code as it is read.
+    """
+    import recbole.data
+    from recbole.data import utils
+
+    create_dataset, load_split_dataloaders = utils.create_dataset, utils.load_split_dataloaders
+
+    def trusts(config: Any, key: str) -> bool:
+        if config[key] and not config["trust_checkpoint"]:
+            raise UserError(
+                f"{key}: {config[key]!r} holds pickled objects, and unpickling can run any code: if you trust whoever "
+                "made it, use --trust-checkpoint"
+            )
+        return bool(config["trust_checkpoint"])
+
+    def left_alone(file: Any) -> Any:
+        logging.getLogger().warning(
+            f"{file.name} holds pickled objects, which can run any code: the data set is made anew; --trust-checkpoint "
+            "reads the file"
+        )
+        return types.SimpleNamespace(config=collections.defaultdict(object))  # RecBole sees other settings than its own
+
+    def create_trusted_dataset(config: Any) -> Any:
+        load = pickle.load if trusts(config, "dataset_save_path") else left_alone
+        with _swapped(utils, "pickle", types.SimpleNamespace(load=load, dump=pickle.dump)):
+            return create_dataset(config)
+
+    def load_trusted_dataloaders(config: Any) -> Any:
+        if not trusts(config, "dataloaders_save_path"):
+            return None
+        with _swapped(utils, "pickle", pickle):
+            return load_split_dataloaders(config)
+
+    utils.pickle = types.SimpleNamespace(load=left_alone, dump=pickle.dump)
+    utils.create_dataset = recbole.data.create_dataset = create_trusted_dataset
+    utils.load_split_dataloaders = load_trusted_dataloaders
+    return "saved data sets and loaders, which are pickles, are read with --trust-checkpoint alone"
+
+
+def no_code_in_settings() -> str | None:
+    """Keep KD_DAGFM from evaluating its `teacher`, and LDiffRec from unpickling item vectors (not reported)."""
+    from recbole.model.context_aware_recommender import kd_dagfm
+    from recbole.model.general_recommender import ldiffrec
+
+    class NumPyWithoutPickles(types.ModuleType):
+        """numpy, but it loads numbers alone."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+        def load(self, file: str, **options: Any) -> np.ndarray:
+            return np.load(file)
+
+    networks = {
+        name: one for name, one in vars(kd_dagfm).items() if getattr(one, "__module__", "") == kd_dagfm.__name__
+    }
+
+    def network(name: str) -> type:
+        if name not in networks:
+            raise UserError(f"teacher: {name!r} is not valid; it takes one of {', '.join(networks)}")
+        return networks[name]
+
+    kd_dagfm.eval = network  # a module's own global shadows the builtin it asks for
+    ldiffrec.np = NumPyWithoutPickles("numpy")
+    return "KD_DAGFM's teacher is looked up, not evaluated; LDiffRec's item vectors are numbers, no pickle"
+
+
 def pandas_fill_nan() -> str | None:
     """Fill missing values by assignment: `frame[column].fillna(inplace=True)` does nothing on pandas 3."""
     if not _copies_on_write():
@@ -433,9 +508,11 @@ REPAIRS: list[Callable[[], str | None]] = [
     numpy_aliases,
     plain_metrics,
     scipy_update,
+    no_unasked_pickles,  # before RecBole's entry points import what it replaces
     ray_stand_in,
     exhaustive_search,
     no_anomaly_detection,
+    no_code_in_settings,
     cross_entropy_defaults,
     safe_checkpoints,
     pandas_fill_nan,

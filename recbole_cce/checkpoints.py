@@ -6,11 +6,15 @@ a run that is killed goes on from the newer of the two.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import tempfile
+import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +24,7 @@ import torch
 
 from recbole_cce import saved_config
 from recbole_cce.errors import UserError
-from recbole_cce.files import write_whole
+from recbole_cce.files import remove_parts, write_whole
 
 LAST = ".last"  # not *.pth: scripts that look for RecBole's files find what they did
 
@@ -43,6 +47,7 @@ def write(state: dict[str, Any], destination: Path) -> None:
         TypeError: a value that is not plain and cannot be made so.
     """
     state = plain(state)
+    remove_parts(destination.with_name("*"))  # no other run has the name of one that was killed
 
     def save(file: BinaryIO) -> None:
         torch.save(state, file)
@@ -59,6 +64,68 @@ def write(state: dict[str, Any], destination: Path) -> None:
             raise
         kept = "the one saved before is as it was" if destination.exists() else "none was saved before"
         raise OSError(f"{destination}: the checkpoint could not be written ({cause}); {kept}") from error
+
+
+class Writer:
+    """Writes checkpoints one after another, in a thread of its own, while training goes on.
+
+    Attributes:
+        begun: when the last one was asked for, by time.monotonic().
+        seconds: that it took to copy and to write it, as long as none is under way.
+    """
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, "checkpoints")
+        self.task: Future[None] | None = None
+        self.begun, self.seconds = -math.inf, 0.0
+
+    def write(self, state: dict[str, Any], file: Path, then_remove: Path | None = None) -> None:
+        """Copy a state to the memory of the host, and write that to `file` after what is still to be written.
+
+        Raises:
+            OSError: an earlier one could not be written.
+        """
+        self.wait()
+        self.begun = time.monotonic()
+        copy = copied(state, torch.device("cpu"))
+        self.task = self.thread.submit(self._write, copy, file, then_remove)
+
+    def _write(self, state: dict[str, Any], file: Path, then_remove: Path | None) -> None:
+        write(state, file)
+        if then_remove is not None:
+            then_remove.unlink(missing_ok=True)
+        self.seconds = time.monotonic() - self.begun
+
+    def is_busy(self) -> bool:
+        """Whether one is under way.
+
+        Raises:
+            OSError: the last one could not be written.
+        """
+        if self.task is not None and self.task.done():
+            self.wait()
+        return self.task is not None
+
+    def wait(self) -> None:
+        """Until all are written.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        task, self.task = self.task, None
+        if task is not None:
+            task.result()
+
+
+def copied(state: Any, device: torch.device | None) -> Any:
+    """A state with copies of its tensors, on a device, or each where it is."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to(device or state.device, copy=True)
+    if isinstance(state, (list, tuple)):
+        return type(state)(copied(item, device) for item in state)
+    if isinstance(state, dict):
+        return {key: copied(item, device) for key, item in state.items()}
+    return state
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +177,19 @@ def as_before(value: Any, like: Any, device: torch.device) -> Any:
         items = {key: as_before(item, None, device) for key, item in value.items()}
         return defaultdict(like.default_factory, items) if isinstance(like, defaultdict) else items
     return value
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load what an optimizer has learned of its parameters; its settings stay those of this run.
+
+    The moments go from the file to the device of their parameters at once; on the CPU they are copied, or they would
+    keep a file on the disk that has been replaced.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = saved["state"]
+    if parameters[0].device.type == "cpu":
+        moments = copied(moments, None)
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def read(file: Path | str, trust: bool = False) -> dict[str, Any]:
@@ -179,3 +259,18 @@ def newest(folder: Path | str, model: str, dataset: str, trust: bool = False) ->
         if (config["model"], config["dataset"]) == (model, dataset):
             return file
     raise UserError(f"--resume: there is no checkpoint of {model} on {dataset} in {str(folder)!r}")
+
+
+def check(config: Any) -> None:
+    """Raise a UserError where a run could not save what it trains: its configuration, or anything in checkpoint_dir."""
+    saved_config.kept(config)
+    folder = config["checkpoint_dir"]
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"checkpoint_dir: {folder!r} is not valid ({reason}); it takes a folder that can be written to"
+        ) from None

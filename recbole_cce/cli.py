@@ -7,6 +7,7 @@ import logging
 import math
 import platform
 import shlex
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -19,7 +20,21 @@ import torch
 from recbole.config import Config
 
 import recbole_cce
-from recbole_cce import checkpoints, checks, compare, compat, ops, plan, quick_start, recommend, registry, settings
+from recbole_cce import (
+    checkpoints,
+    checks,
+    compare,
+    compat,
+    interrupts,
+    ops,
+    plan,
+    quick_start,
+    recommend,
+    registry,
+    saved_config,
+    settings,
+)
+from recbole_cce.errors import UserError
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -207,21 +222,34 @@ def keys_help() -> str:
 def main() -> None:
     """Run what sys.argv asks for; a mistake of the user's is one line on stderr and exit status 2."""
     try:
-        if sys.argv[1:] == ["doctor"]:
-            print(doctor())
-        elif sys.argv[1:] and sys.argv[1] in COMMANDS:
-            command_parser, command = COMMANDS[sys.argv[1]]
-            # RecBole's Config would look for keys in what is left in sys.argv
-            flags, sys.argv[1:] = sys.argv[2:], []
-            command(**vars(command_parser().parse_args(flags)))
-        else:
-            quick_start.run(**arguments())
+        with interrupts.answered():
+            run_command()
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:  # training says more
+            print(
+                "\ninterrupted; --resume goes on with training from the last checkpoint, if there is one",
+                file=sys.stderr,
+            )
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if not is_users_mistake(error):
             raise
         logging.getLogger().debug("where it was noticed", exc_info=error)
         message = " ".join(str(error).split())
         parser().exit(2, f"{Path(sys.argv[0]).name}: error: {message}\n")
+
+
+def run_command() -> None:
+    """What sys.argv asks for."""
+    if sys.argv[1:] == ["doctor"]:
+        print(doctor())
+    elif sys.argv[1:] and sys.argv[1] in COMMANDS:
+        command_parser, command = COMMANDS[sys.argv[1]]
+        # RecBole's Config would look for keys in what is left in sys.argv
+        flags, sys.argv[1:] = sys.argv[2:], []
+        command(**vars(command_parser().parse_args(flags)))
+    else:
+        quick_start.run(**arguments())
 
 
 def arguments() -> dict[str, Any]:
@@ -243,6 +271,7 @@ def arguments() -> dict[str, Any]:
     dataset = args.dataset or in_files.get("dataset") or "ml-100k"
     config = quick_start.configuration(model, dataset, files)
     checks.check_config(config, args.nproc)
+    checkpoints.check(config)
     asked = {
         "resume": resumed_file(args.resume, args.trust_checkpoint, config),
         "trust_checkpoint": args.trust_checkpoint,
@@ -260,25 +289,18 @@ def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str 
     """The checkpoint that --resume (True: without a value) asks for, checked before any data is read.
 
     Raises:
-        ValueError: there is none, it is damaged, not to be trusted, or one of another model or data set.
+        UserError: there is none, it is damaged, not to be trusted, or one of another run.
     """
     if resume is None:
         return None
-    names = (config["model"], config["dataset"])
     if resume is True:
-        file = checkpoints.newest(config["checkpoint_dir"], *names, trust)
+        file = checkpoints.newest(config["checkpoint_dir"], config["model"], config["dataset"], trust)
     else:
         file = Path(resume)
         if not file.is_file():
-            raise ValueError(f"--resume: there is no file {resume!r}")
-        saved = checkpoints.read(file, trust)["config"]
-        if (saved["model"], saved["dataset"]) != names:
-            raise ValueError(
-                f"--resume: {file} is a checkpoint of {saved['model']} on {saved['dataset']}, not of "
-                f"{' on '.join(names)}"
-            )
-    if trust:
-        checkpoints.make_safe(file)
+            raise UserError(f"--resume: there is no file {resume!r}")
+    state = checkpoints.make_safe(file) if trust else checkpoints.read(file)
+    saved_config.check_resumed(state["config"], config, f"--resume: {file}")
     return str(file)
 
 

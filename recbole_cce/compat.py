@@ -17,6 +17,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import secrets
 import sys
 import types
 import warnings
@@ -238,6 +239,24 @@ def safe_checkpoints() -> str | None:
         def load(self, file: str, **options: Any) -> dict[str, Any]:
             return checkpoints.read(file)
 
+    def resume_checkpoint(self: Any, resume_file: Path | str) -> dict[str, Any]:
+        """RecBole's, which also returns what the file holds.
+
+        Raises:
+            UserError: it is damaged, or one of a run that meant something else; names the first such key.
+        """
+        state = checkpoints.read(resume_file)
+        saved_config.check_resumed(state["config"], self.config, resume_file)
+        if "optimizer" not in state:
+            raise UserError(f"{resume_file} holds a trained model alone: there is nothing to go on with")
+        self.model.load_state_dict(state["state_dict"])
+        self.model.load_other_parameter(state.get("other_parameter"))
+        checkpoints.load_moments(self.optimizer, state["optimizer"])
+        self.start_epoch, self.cur_step = state["epoch"] + 1, state["cur_step"]
+        self.best_valid_score, self.saved_model_file = state["best_valid_score"], str(resume_file)
+        self.logger.info(f"Checkpoint loaded. Resume training from epoch {self.start_epoch}")
+        return state
+
     def load_other_parameter(self: Any, saved: dict[str, Any] | None) -> None:
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         for name, value in (saved or {}).items():
@@ -246,13 +265,14 @@ def safe_checkpoints() -> str | None:
     init = module.Trainer.__init__
 
     def init_with_plain_config(self: Any, config: Any, model: Any) -> None:
-        saved_config.kept(config)  # or it would fail after an epoch
+        checkpoints.check(config)  # or it would fail after an epoch
         init(self, config, model)
 
     module.torch = TorchWithPlainCheckpoints("torch")
     module.Trainer.__init__ = init_with_plain_config
     module.Trainer._checkpoint_state = checkpoint_state
     module.Trainer._save_checkpoint = save_checkpoint
+    module.Trainer.resume_checkpoint = resume_checkpoint
     AbstractRecommender.load_other_parameter = load_other_parameter
     return f"torch {torch.__version__} loads checkpoints with weights_only=True; they hold plain values and tensors"
 
@@ -341,9 +361,8 @@ def no_unasked_pickles() -> str | None:
     return "saved data sets and loaders, which are pickles, are read with --trust-checkpoint alone"
 
 
-def no_code_in_settings() -> str | None:
-    """Keep KD_DAGFM from evaluating its `teacher`, and LDiffRec from unpickling item vectors (not reported)."""
-    from recbole.model.context_aware_recommender import kd_dagfm
+def numbers_alone() -> str | None:
+    """Keep LDiffRec from unpickling its item vectors (not reported)."""
     from recbole.model.general_recommender import ldiffrec
 
     class NumPyWithoutPickles(types.ModuleType):
@@ -355,18 +374,22 @@ def no_code_in_settings() -> str | None:
         def load(self, file: str, **options: Any) -> np.ndarray:
             return np.load(file)
 
-    networks = {
-        name: one for name, one in vars(kd_dagfm).items() if getattr(one, "__module__", "") == kd_dagfm.__name__
-    }
-
-    def network(name: str) -> type:
-        if name not in networks:
-            raise UserError(f"teacher: {name!r} is not valid; it takes one of {', '.join(networks)}")
-        return networks[name]
-
-    kd_dagfm.eval = network  # a module's own global shadows the builtin it asks for
     ldiffrec.np = NumPyWithoutPickles("numpy")
-    return "KD_DAGFM's teacher is looked up, not evaluated; LDiffRec's item vectors are numbers, no pickle"
+    return "item vectors of LDiffRec are read as numbers, without pickles"
+
+
+def names_of_their_own() -> str | None:
+    """Give every run files of its own: RecBole names them after the second in which it starts (not reported)."""
+    from recbole.trainer import trainer
+    from recbole.utils import logger, utils
+
+    original = utils.get_local_time
+
+    def get_local_time() -> str:
+        return f"{original()}-{secrets.token_hex(8)}"  # not of the generators that `seed` sets
+
+    utils.get_local_time = logger.get_local_time = trainer.get_local_time = get_local_time
+    return "checkpoints and logs of runs that start in one second have different names"
 
 
 def pandas_fill_nan() -> str | None:
@@ -512,7 +535,8 @@ REPAIRS: list[Callable[[], str | None]] = [
     ray_stand_in,
     exhaustive_search,
     no_anomaly_detection,
-    no_code_in_settings,
+    numbers_alone,
+    names_of_their_own,
     cross_entropy_defaults,
     safe_checkpoints,
     pandas_fill_nan,

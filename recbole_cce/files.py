@@ -2,27 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file that takes the place of `file` when it is complete.
 
-    A kill, an error or a full disk leaves `file` as it was; of processes that write at once, one wins.
+    A kill, an error or a full disk leaves `file` as it was; of processes that write at once, one wins. What a kill
+    leaves beside it the next writer removes.
     """
-    part = file.with_name(f".{file.name}.{uuid.uuid4().int}")
+    remove_parts(file)
+    part, stream, locked = _new_part(file)
     try:
-        with open(part, "wb") as stream:
+        with stream:
             write(stream)
-        part.replace(file)
+            stream.flush()
+            if locked:  # until it is renamed it could be taken for one that a kill has left
+                part.replace(file)
+        if not locked:  # Windows renames no open file
+            part.replace(file)
     finally:
         part.unlink(missing_ok=True)
 
 
 def remove_parts(file: Path) -> None:
-    """Remove what writers of `file` left behind that were killed."""
-    for part in file.parent.glob(f".{file.name}.*[0-9]"):
-        part.unlink(missing_ok=True)
+    """Remove what writers of `file` left behind that were killed; its name `*` stands for all files of the folder.
+
+    Those at work hold a lock; without locks, none is removed.
+    """
+    name = "*" if file.name == "*" else glob.escape(file.name)
+    for part in file.parent.glob(f".{name}.{'[0-9]' * 30}*"):
+        with contextlib.suppress(OSError), open(part, "rb+") as stream:
+            if lock(stream, wait=False):
+                part.unlink()
+
+
+def lock(stream: IO | int, wait: bool = True) -> bool:
+    """Lock a file until it is closed or the process ends; False where another process has it, or there are no locks."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _new_part(file: Path) -> tuple[Path, BinaryIO, bool]:
+    """An empty part, its stream and whether that is locked."""
+    while True:
+        part = file.with_name(f".{file.name}.{uuid.uuid4().int:039}")
+        stream = open(part, "xb")  # noqa: SIM115  the caller closes it
+        locked = lock(stream)
+        if os.fstat(stream.fileno()).st_nlink:  # nobody removed it before it was locked
+            return part, stream, locked
+        stream.close()

@@ -7,6 +7,8 @@ imported; HyperTuning takes recbole.quick_start.objective_function.
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable
 from logging import getLogger
 from typing import Any
@@ -61,7 +63,10 @@ def configuration(model: str, dataset: str, files: list[str], settings: dict[str
 def run_recboles(rank: int, *args: Any) -> None:
     """RecBole's spawn worker. Unpickling it imports recbole_cce, so the models exist in the worker too."""
     share_threads(args[-1]["config_dict"]["nproc"])
-    _run_recboles(rank, *args)
+    try:
+        _run_recboles(rank, *args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # torch would call it a success
 
 
 def share_threads(processes: int) -> None:

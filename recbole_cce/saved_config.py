@@ -78,3 +78,42 @@ def rebuilt(values: dict[str, Any]) -> Config:
     """
     checks.check_model(str(values["model"]), "the checkpoint's model")
     return RebuiltConfig(values)
+
+
+# What may differ in a run that goes on from a checkpoint: key -> why. Whatever else differs makes it another run.
+STEERS, APPLIED = "says how, where or how long a run works", "holds from the next epoch on"
+MAY_DIFFER = dict.fromkeys(
+    (
+        *("gpu_id", "use_gpu", "worker", "state", "reproducibility", "show_progress", "log_wandb", "wandb_project"),
+        *("data_path", "checkpoint_dir", "checkpoint_interval", "cache_data", "save_dataset", "save_dataloaders"),
+        *("config_file", "config_files", "epochs", "stopping_step", "eval_step", "loss_decimal_place"),
+        *("metrics", "topk", "eval_batch_size", "eval_chunk_items"),
+        *("loss_backend", "attention", "cuda_graph", "compile_encoder"),
+    ),
+    STEERS,
+) | dict.fromkeys(
+    (
+        *("learning_rate", "weight_decay", "adam_betas", "clip_grad_norm", "train_batch_size", "shuffle"),
+        *("hidden_dropout_prob", "attn_dropout_prob", "amp_dtype", "loss_dtype", "enable_amp", "enable_scaler"),
+        *("num_negatives", "negative_sharing", "n_buckets", "bucket_size_x", "bucket_size_y"),
+    ),
+    APPLIED,
+)
+
+
+def check_resumed(saved: dict[str, Any], config: Config, file: Any) -> None:
+    """Raise a UserError for the first key that makes a resumed run another one than that of its checkpoint.
+
+    A key that an earlier version did not have may have any value.
+    """
+    own = kept(config)
+    for key in ["model", "dataset", *saved]:
+        if key not in MAY_DIFFER and key not in OF_ONE_RUN and _lists(saved[key]) != _lists(own.get(key)):
+            raise UserError(f"{file} is a checkpoint of {key} {saved[key]}, not of {own.get(key)}")
+
+
+def _lists(value: Any) -> Any:
+    """A value with lists for its tuples: files know lists, flags either."""
+    if isinstance(value, (list, tuple)):
+        return [_lists(item) for item in value]
+    return {key: _lists(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -65,6 +65,11 @@ def _betas(value: Any) -> bool:
     )
 
 
+def _seconds() -> tuple[str, Callable[[Any], bool]]:
+    valid, accepts = _real(0)
+    return f"{valid} or auto", lambda value: value == "auto" or accepts(value)
+
+
 def _folder_or_flag() -> tuple[str, Callable[[Any], bool]]:
     return "True, False or a folder", lambda value: isinstance(value, bool) or (isinstance(value, str) and value != "")
 
@@ -101,6 +106,10 @@ KEYS: dict[str, Key] = {
     "compile_encoder": Key(
         "torch.compile of the encoder's training steps; auto: where a run is long enough to pay it back",
         *_one_of("auto", True, False),
+    ),
+    "checkpoint_interval": Key(
+        "seconds between two files of a run at least; auto: so many that saving takes 5% of its time at most",
+        *_seconds(),
     ),
     "adam_betas": Key("beta1 and beta2 of adam and adamw", "two numbers in [0, 1), such as [0.9, 0.98]", _betas),
     "exclude_seen": Key("rank a user's earlier items last, in full ranking", *_one_of(True, False)),

@@ -18,6 +18,8 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +37,15 @@ from recbole.sampler import sampler
 from recbole.trainer import Trainer
 from recbole.utils import enum_type
 
-from recbole_cce import checkpoints, cli, saved_config
+from recbole_cce import checkpoints, cli, files, saved_config
+from recbole_cce import trainer as trainer_module
 from recbole_cce.models import sasrec
 from tests.build import experiment
 from tests.process import SCRIPT, python, python_path
 from tests.test_compat import STOCK
 
 # on `tiny`, validation improves up to epoch 4 and the run stops early, after epoch 8
-SETTINGS = {"epochs": 12, "learning_rate": 0.03, "stopping_step": 3, "state": "INFO"}
+SETTINGS = {"epochs": 12, "learning_rate": 0.03, "stopping_step": 3, "state": "INFO", "checkpoint_interval": 0}
 STEPS = 4  # of an epoch
 
 
@@ -61,6 +64,8 @@ KILLED = """
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -80,6 +85,8 @@ def kill_at(event):
 
 def killed_step(*arguments):
     loss = step(*arguments)
+    if calls["step"] + 1 == number:
+        arguments[0].writer.wait()  # or what is being written would be lost, too
     kill_at("step")
     return loss
 
@@ -249,16 +256,270 @@ def test_the_last_epoch_without_the_best(settings):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"n_layers": 1}, r"does not fit this model's settings: .*trm_encoder\.layer\.1"),
-        ({"learner": "sgd"}, "is a checkpoint of learner adam, not of sgd"),
+        ({"n_layers": 1}, "n_layers 2, not of 1"),
+        ({"n_heads": 4}, "n_heads 2, not of 4"),
+        ({"hidden_act": "relu"}, "hidden_act gelu, not of relu"),
+        ({"architecture": "original"}, "architecture recbole, not of original"),
+        ({"learner": "sgd"}, "learner adam, not of sgd"),
+        ({"loss_type": "CCE"}, "loss_type CCE-, not of CCE"),
+        ({"seed": 1}, "seed 2020, not of 1"),
+        ({"valid_metric": "NDCG@10"}, "valid_metric MRR@10, not of NDCG@10"),
+        ({"exclude_seen": True}, "exclude_seen False, not of True"),
+        (
+            {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"}},
+            r"eval_args \{.*\}, not of",
+        ),
+        ({"own_key": [1, 2]}, r"own_key \(1, 3\), not of \[1, 2\]"),
     ],
-    ids=["layers", "learner"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_other_settings(settings, other, message):
+def test_other_settings(settings, monkeypatch, other, message):
+    own = {"own_key": (1, 3)} if "own_key" in other else {}
+    run = experiment("SASRecCCE", {**settings, **own, "epochs": 1})
+    fit(run)
+    file = run.trainer.saved_model_file
+    with pytest.raises(ValueError, match=f"{file} is a checkpoint of {message}"):
+        experiment("SASRecCCE", {**settings, **own, **other}).trainer.resume_checkpoint(file)
+
+
+def test_settings_that_hold_from_the_next_epoch_on(settings):
     run = experiment("SASRecCCE", {**settings, "epochs": 1})
     fit(run)
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        experiment("SASRecCCE", {**settings, **other}).trainer.resume_checkpoint(run.trainer.saved_model_file)
+    other = {"learning_rate": 0.5, "weight_decay": 0.25, "adam_betas": (0.5, 0.75), "train_batch_size": 7, "topk": 10}
+    other |= {"hidden_dropout_prob": 0.25, "num_negatives": 3, "eval_batch_size": 9, "own_key": 1, "epochs": 2}
+    again = experiment("SASRecCCE", {**settings, **other})
+    again.trainer.resume_checkpoint(run.trainer.saved_model_file)
+    (group,) = again.trainer.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.25, (0.5, 0.75))
+    moments = again.trainer.optimizer.state[again.model.item_embedding.weight]
+    assert torch.equal(moments["exp_avg"], run.trainer.optimizer.state[run.model.item_embedding.weight]["exp_avg"])
+    steps = []
+    step = again.trainer._forward_backward
+    again.trainer._forward_backward = lambda *args: steps.append(1) or step(*args)
+    fit(again)
+    assert len(steps) == len(again.train) > STEPS
+
+
+@pytest.mark.parametrize("model", ["SASRec", "BPR"])
+def test_models_of_recbole_go_on_with_other_settings(settings, model):
+    run = experiment(model, {**settings, "epochs": 1})
+    fit(run)
+    again = experiment(model, {**settings, "learning_rate": 0.5})
+    again.trainer.resume_checkpoint(run.trainer.saved_model_file)
+    assert again.trainer.optimizer.param_groups[0]["lr"] == 0.5
+    assert again.trainer.start_epoch == 1
+    other = {"n_heads": 4} if model == "SASRec" else {"embedding_size": 8}
+    with pytest.raises(ValueError, match=r"n_heads 2, not of 4|embedding_size 64, not of 8"):
+        experiment(model, {**settings, **other}).trainer.resume_checkpoint(run.trainer.saved_model_file)
+
+
+# When files are written
+
+
+class Clock:
+    """time, which stands still but where a test moves it."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+@pytest.mark.parametrize(("interval", "written"), [(0, range(9)), (3, [0, 3, 6, 8]), ("auto", [0, 4, 8]), (99, [0, 8])])
+def test_files_are_written_at_their_time(settings, monkeypatch, interval, written):
+    """An epoch takes one second, and a file 0.19: a twentieth of 3.8. What is kept meanwhile is not lost."""
+    clock, epochs = Clock(), []
+    monkeypatch.setattr(checkpoints, "time", clock)
+    monkeypatch.setattr(trainer_module, "time", clock)
+    run = experiment("SASRecCCE", {**settings, "checkpoint_interval": interval, "checkpoint_dir": "late"})
+    train_epoch, write = run.trainer._train_epoch, checkpoints.write
+
+    def slow_write(state, file):
+        epochs.append(state["epoch"])
+        clock.now += 0.19
+        write(state, file)
+
+    def slow_epoch(train_data, epoch, **kwargs):
+        loss = train_epoch(train_data, epoch, **kwargs)
+        run.trainer.writer.wait()
+        clock.now = 1001.0 + epoch
+        return loss
+
+    monkeypatch.setattr(checkpoints, "write", slow_write)
+    run.trainer._train_epoch = slow_epoch
+    result = fit(run)
+    assert sorted({*epochs} - {4}) == sorted({*written} - {4}) and 4 in epochs
+    whole = experiment("SASRecCCE", settings)
+    assert fit(whole) == result
+    assert_same(states("late"), states("saved"))
+
+
+def test_training_goes_on_while_a_file_is_written(settings, monkeypatch):
+    """With the numbers of the epoch that it is of."""
+    run = experiment("SASRecCCE", {**settings, "epochs": 2, "checkpoint_interval": 99, "eval_step": 0})
+    write, trained, weights = checkpoints.write, threading.Event(), []
+
+    def waiting_write(state, file):
+        assert trained.wait(60)
+        write(state, file)
+
+    monkeypatch.setattr(checkpoints, "write", waiting_write)
+    train_epoch = run.trainer._train_epoch
+
+    def epoch(*args, **kwargs):
+        loss = train_epoch(*args, **kwargs)
+        weights.append(run.model.item_embedding.weight.detach().clone())
+        if len(weights) == 2:
+            assert os.listdir("saved") == []
+            trained.set()
+            run.trainer.writer.wait()
+            saved = torch.load(run.trainer.saved_model_file)
+            assert saved["epoch"] == 0
+            assert torch.equal(saved["state_dict"]["item_embedding.weight"], weights[0])
+        return loss
+
+    run.trainer._train_epoch = epoch
+    fit(run)
+    assert torch.load(run.trainer.saved_model_file)["epoch"] == 1
+
+
+def test_a_file_that_cannot_be_written_ends_the_run(settings, monkeypatch):
+    run = experiment("SASRecCCE", settings)
+    calls = []
+
+    def full_disk(state, file):
+        calls.append(state["epoch"])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoints, "write", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        fit(run)
+    assert calls == [0] and len(run.trainer.train_loss_dict) <= 2
+
+
+def test_an_error_in_training_loses_no_best_epoch(settings):
+    run = experiment("SASRecCCE", {**settings, "checkpoint_interval": 99})
+    step, steps = run.trainer._step, []
+
+    def failing_step(*args):
+        steps.append(1)
+        if len(steps) == 3 * STEPS + 2:  # the epochs before improved
+            raise RuntimeError("CUDA error")
+        return step(*args)
+
+    run.trainer._step = failing_step
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        fit(run)
+    assert torch.load(run.trainer.saved_model_file)["epoch"] == 2
+
+
+# Signals
+
+SIGNALLED = """
+import os
+import signal
+import sys
+
+from recbole_cce import cli
+from recbole_cce.trainer import EfficientTrainer
+
+number, steps, at = int(sys.argv.pop(1)), [0], [int(step) for step in sys.argv.pop(1).split(",")]
+step = EfficientTrainer._forward_backward
+
+
+def signalled_step(*arguments):
+    steps[0] += 1
+    if steps[0] in at:
+        os.kill(os.getpid(), number)
+    return step(*arguments)
+
+
+EfficientTrainer._forward_backward = signalled_step
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "interval", "steps", "epoch", "ended"),
+    [
+        (signal.SIGINT, 130, 0, [3 * STEPS + 2], 2, 3),  # all is saved: at once
+        (signal.SIGTERM, 143, 99, [3 * STEPS + 2], 3, 4),  # after the epoch
+        (signal.SIGINT, 130, 99, [3 * STEPS + 2, 3 * STEPS + 3], 2, 3),  # twice: the best one, which was kept
+        (signal.SIGTERM, 143, 0, [2], None, 0),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C twice", "first epoch"],
+)
+def test_signals(settings, tmp_path, number, code, interval, steps, epoch, ended):
+    """One line that says how to go on, and no traceback."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    flags = (*FLAGS, f"--checkpoint_interval={interval}")
+    path = python_path(SCRIPT.parent)
+    process = python("signalled.py", int(number), ",".join(map(str, steps)), *flags, PYTHONPATH=path)
+    log = log_of(process, code)
+    assert "Traceback" not in log and log.count("interrupted") == 1
+    assert len(re.findall(r"epoch \d+ training", log)) == ended
+    last = log.strip().splitlines()[-1]
+    if epoch is None:
+        assert last == "interrupted: no epoch was over, nothing is saved"
+        assert os.listdir("saved") == []
+        return
+    file = re.fullmatch(r"interrupted: the same command with --resume=(\S+) goes on after epoch (\d+)", last)
+    assert int(file[2]) == epoch and torch.load(file[1])["epoch"] == epoch
+    assert not list(Path("saved").glob(".*"))
+    again = experiment("SASRecCCE", settings)
+    again.trainer.resume_checkpoint(file[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_without_training_ends_in_one_line_too(monkeypatch, capsys, number):
+    monkeypatch.setattr(cli, "run_command", lambda: (os.kill(os.getpid(), number), time.sleep(60)))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 128 + number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert ("--resume goes on" in capsys.readouterr().err) == (number == signal.SIGINT)
+
+
+# Names and folders
+
+
+def test_runs_that_start_in_one_second_have_files_of_their_own(settings, monkeypatch):
+    names = {experiment("SASRecCCE", settings).trainer.saved_model_file for _ in range(3)}  # with one seed
+    assert len(names) == 3
+    for name in names:
+        assert Path(name).match("saved/SASRecCCE-*.pth")
+
+
+@pytest.mark.parametrize("folder", ["tiny.yaml", "tiny.yaml/saved", "/proc/saved"])
+def test_a_folder_that_cannot_be_written_to(settings, monkeypatch, capsys, folder):
+    """Before any data is read."""
+    monkeypatch.setattr(
+        sys, "argv", ["run_recbole_cce.py", *FLAGS, "--data_path=nowhere", f"--checkpoint_dir={folder}"]
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert f"checkpoint_dir: '{folder}' is not valid (" in capsys.readouterr().err
+
+
+def test_parts_of_writers_that_were_killed_are_removed(settings):
+    """Whatever run they are of; not those of writers at work."""
+    os.mkdir("saved")
+    dead = Path("saved", f".SASRecCCE-other.pth.{'7' * 39}")
+    dead.write_bytes(b"half")
+    for other in (".hidden.1", "SASRecCCE-other.pth"):
+        Path("saved", other).write_bytes(b"x")
+
+    def write(stream):
+        checkpoints.write({"config": {}}, Path("saved/x.pth"))
+        assert len(list(Path("saved").glob(".SASRecCCE-mine.pth.*"))) == 1
+
+    files.write_whole(Path("saved/SASRecCCE-mine.pth"), write)
+    assert sorted(os.listdir("saved")) == [".hidden.1", "SASRecCCE-mine.pth", "SASRecCCE-other.pth", "x.pth"]
 
 
 # Damaged files
@@ -521,7 +782,8 @@ def test_strings_of_a_configuration_are_not_evaluated(settings, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "export", f"--checkpoint={file}", "--output=items"])
     cli.main()
     monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", *FLAGS, "--epochs=2", f"--resume={file}"])
-    cli.main()
+    with pytest.raises(SystemExit):  # x is not there now
+        cli.main()
     assert not Path("attacked").exists()
 
 
@@ -594,12 +856,7 @@ def test_a_checkpoint_does_not_make_a_run_trust_anything(settings):
     assert not Path("attacked").exists()
 
 
-def test_settings_of_models_run_nothing(tmp_path):
-    kd_dagfm = importlib.import_module("recbole.model.context_aware_recommender.kd_dagfm")
-    assert kd_dagfm.eval("CrossNet") is kd_dagfm.CrossNet
-    for name in (RUN, "exit"):
-        with pytest.raises(ValueError, match=r"teacher: .* is not valid; it takes one of .*CrossNet"):
-            kd_dagfm.eval(name)
+def test_item_vectors_run_nothing():
     ldiffrec = importlib.import_module("recbole.model.general_recommender.ldiffrec")
     np.save("vectors.npy", np.array([DANGEROUS["mkdir"]]), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):

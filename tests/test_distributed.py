@@ -7,6 +7,7 @@ import datetime
 import itertools
 import os
 import socket
+import sys
 import time
 
 import numpy as np
@@ -146,7 +147,7 @@ def resumed_run(rank, settings, found):
 
 def killed_run(rank, settings, found):
     """Six epochs, and as many by a run that stops in the middle of one and another that is made by run_recbole."""
-    settings = {**settings, **SAMPLED, **VALIDATED, "epochs": 6}
+    settings = {**settings, **SAMPLED, **VALIDATED, "epochs": 6, "checkpoint_interval": 0}
     run = experiment("SASRecCCE", {**settings, "checkpoint_dir": "whole"}, "odd")
     found["whole result"] = run.trainer.fit(run.train, run.valid)
     found["whole"] = weights(run)
@@ -163,6 +164,7 @@ def killed_run(rank, settings, found):
     run.trainer._forward_backward = failing_step
     with contextlib.suppress(InterruptedError):
         run.trainer.fit(run.train, run.valid)
+    distributed.barrier()  # the first one has written what was under way
     found["file"] = str(checkpoints.newest("killed", "SASRecCCE", "odd"))
     distributed.barrier()  # before one of them writes again
 
@@ -185,6 +187,7 @@ JOBS = [whole_run, whole_batches, resumed_run, killed_run, mean_ranks]
 def process(rank, folder, data, ports):
     """Do every job and keep what it found."""
     os.chdir(folder)
+    sys.argv = ["test"]
     replace_cuda()
     pull_apart(rank)
     for job, port in zip(JOBS, ports, strict=True):

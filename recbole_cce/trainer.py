@@ -444,8 +444,12 @@ class EfficientTrainer(Trainer):
             self._interrupted(number)
 
     def _interrupted(self, number: int, frame: Any = None) -> None:
-        """Ctrl-C or SIGTERM: end at once where every epoch is saved; if not, after this one, or the second time."""
-        if self.at_risk and self.signal is None:
+        """Ctrl-C or SIGTERM: end at once where every epoch is saved; if not, after this one, or the second time.
+
+        Ctrl-C reaches all processes of a terminal, and the first of them then ends the others with SIGTERM: that is
+        not the second time.
+        """
+        if self.at_risk and self.signal != number:
             self.signal = number
             return
         for each in interrupts.SIGNALS:  # what is being written becomes whole

@@ -313,6 +313,51 @@ def test_models_of_recbole_go_on_with_other_settings(settings, model):
         experiment(model, {**settings, **other}).trainer.resume_checkpoint(run.trainer.saved_model_file)
 
 
+# Memory
+
+
+def test_a_file_is_mapped_and_goes_from_the_host_to_its_parameters(settings, monkeypatch):
+    """Nothing of it is read onto the device; on the CPU nothing trained is the file's own memory."""
+    run = experiment("SASRecCCE", {**settings, "epochs": 1})
+    fit(run)
+    file, loads, load = run.trainer.saved_model_file, [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(options) or load(*args, **options))
+    again = experiment("SASRecCCE", settings)
+    again.trainer.evaluate(again.test, model_file=file)
+    again.trainer.resume_checkpoint(file)
+    load_data_and_model(file)
+    stock = experiment("SASRec", {**settings, "epochs": 1})
+    fit(stock)
+    stock.trainer.evaluate(stock.test)
+    stock.trainer.resume_checkpoint(stock.trainer.saved_model_file)
+    assert len(loads) == 5
+    assert all(options == {"map_location": "cpu", "mmap": True, "weights_only": True} for options in loads)
+    for trainer in (again.trainer, stock.trainer):
+        for moments in trainer.optimizer.state.values():
+            assert not moments["exp_avg"].untyped_storage().filename
+
+
+@pytest.mark.cuda
+def test_testing_and_resuming_take_no_second_copy(settings):
+    wide = {"use_gpu": True, "gpu_id": "0", "hidden_size": 512, "inner_size": 2048, "epochs": 1, "amp_dtype": "float32"}
+    run = experiment("SASRecCCE", {**settings, **wide})
+    fit(run)
+    size = sum(parameter.nbytes for parameter in run.model.parameters())
+    file = run.trainer.saved_model_file
+    del run
+    again = experiment("SASRecCCE", {**settings, **wide})
+    again.trainer.evaluate(again.test, load_best_model=False)  # what an evaluation takes, and workspaces
+    for use, kept in (
+        (lambda: again.trainer.evaluate(again.test, model_file=file), 0),
+        (lambda: again.trainer.resume_checkpoint(file), 2),
+    ):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        use()
+        assert torch.cuda.max_memory_allocated() - before < (kept + 0.5) * size
+
+
 # When files are written
 
 

@@ -18,7 +18,7 @@ from recbole.config import Config
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from recbole_cce import checkpoints, quick_start
+from recbole_cce import checkpoints, quick_start, recommend
 from recbole_cce.ops import negatives
 from recbole_cce.trainer import EfficientTrainer
 from tests.build import experiment
@@ -305,3 +305,15 @@ def test_a_checkpoint_of_two_processes_resumed_by_one(found, data, caplog):
     run.trainer.fit(run.train, run.valid)
     assert "the checkpoint has the random numbers of 2 processes, these are 1" in caplog.text
     assert list(run.trainer.train_loss_dict) == [4]
+
+
+def test_a_checkpoint_of_two_processes_is_used_by_one(found, tmp_path):
+    """Without a process group."""
+    file = str(found["folder"] / found["whole_run"][0]["file"])
+    config, model, *_ = quick_start.load_data_and_model(file)
+    assert config["single_spec"] is True and config["world_size"] is None
+    assert_same(torch.load(file)["state_dict"], model.state_dict())
+    recommend.recommend(file, str(tmp_path / "top.csv"), k=2)
+    assert len((tmp_path / "top.csv").read_text().splitlines()) == 1 + 2 * 41
+    recommend.export(file, str(tmp_path / "items"))
+    assert np.array_equal(np.load(tmp_path / "items.npy"), model.item_embedding.weight[1:].detach())

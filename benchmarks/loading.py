@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# RecBole's SASRec reads data as stock RecBole does; SASRecCCE with RecBole's targets; SASRecCCE as it comes, which
-# leaves a binary copy of the data; and with that copy.
+# RecBole's SASRec makes rows and splits as stock RecBole does, of files that are read as ours are; SASRecCCE with
+# RecBole's targets; SASRecCCE as it comes, which leaves a binary copy of the data; and with that copy.
 VARIANTS = {
     "RecBole": ("SASRec", {"train_neg_sample_args": "None"}),
     "recbole-cce, last": ("SASRecCCE", {"train_targets": "last", "cache_data": False}),

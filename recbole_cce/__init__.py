@@ -8,12 +8,19 @@ from recbole_cce import compat
 
 compat.apply()
 
-from recbole_cce import quick_start, registry  # noqa: E402  RecBole can be imported only after the repairs
+from recbole_cce import (  # noqa: E402  RecBole can be imported only after the repairs
+    checks,
+    quick_start,
+    registry,
+    saved_data,
+)
 
 __version__ = "0.1.0"
 
 register_model = registry.register_model
 registry.register_builtin()
+checks.install()
+saved_data.install()
 quick_start.install()
 
 __all__ = ["__version__", "register_model"]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import math
 import platform
+import re
 import shlex
 import signal
+import socket
 import sys
-import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -25,6 +28,8 @@ from recbole_cce import (
     checks,
     compare,
     compat,
+    config_sources,
+    errors,
     interrupts,
     ops,
     plan,
@@ -35,6 +40,7 @@ from recbole_cce import (
     settings,
 )
 from recbole_cce.errors import UserError
+from recbole_cce.processes import RankFailed
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -53,6 +59,7 @@ EXAMPLES = """examples:
 
 Every other key of RecBole's configuration is a flag too, as --key=value. Flags win over configuration files.
 """
+MOST_GIB = 10**6
 TRUST = ("--trust-checkpoint", "--trust_checkpoint")
 TRUST_HELP = (
     "read files of pickled objects, which may run any code: a checkpoint of stock RecBole, which is then written anew "
@@ -83,11 +90,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         *TRUST, action="store_true", help=f"{TRUST_HELP}; a data set that save_dataset or save_dataloaders has written"
     )
-    parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, one GPU each")
+    parser.add_argument("--nproc", type=whole(1), default=1, help="processes on this machine, one GPU each")
     parser.add_argument("--ip", default="localhost", help="address of the first machine")
-    parser.add_argument("--port", default="5678", help="port on the first machine")
-    parser.add_argument("--world_size", type=int, default=-1, help="processes on all machines (default: nproc)")
-    parser.add_argument("--group_offset", type=int, default=0, help="rank of this machine's first process")
+    parser.add_argument("--port", type=whole(1, 2**16 - 1), default=5678, help="port on the first machine")
+    parser.add_argument("--world_size", type=whole(-1), default=-1, help="processes on all machines (default: nproc)")
+    parser.add_argument("--group_offset", type=whole(0), default=0, help="rank of this machine's first process")
     return parser
 
 
@@ -95,7 +102,7 @@ def recommend_parser() -> argparse.ArgumentParser:
     """Flags of `recommend`."""
     parser = checkpoint_parser("recommend", "Write the best items for each user, in external tokens.")
     parser.add_argument("--output", required=True, help="a .csv or .parquet file: user, item, rank, score")
-    parser.add_argument("--k", type=int, default=50, help="items a user (default: 50)")
+    parser.add_argument("--k", type=whole(1), default=50, help="items a user (default: 50)")
     parser.add_argument("--users", help="file with one user token a line (default: all users)")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out items that the user has had")
     return parser
@@ -108,26 +115,46 @@ def export_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class ParserWithKeys(argparse.ArgumentParser):
-    """A parser that takes every --key=value besides, as `flags`, and keeps what was given as `command`."""
+class Parser(argparse.ArgumentParser):
+    """A parser of a command, whose errors are UserErrors of one line.
 
-    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    Args:
+        command: its name.
+        takes_keys: whether every --key=value is taken besides, as `flags`, and what was given kept as `command`.
+    """
+
+    def __init__(self, command: str, description: str, takes_keys: bool = False, **kwargs: Any) -> None:
+        prog = f"{Path(sys.argv[0]).name} {command}"
+        super().__init__(prog=prog, description=description, allow_abbrev=False, exit_on_error=False, **kwargs)
+        self.takes_keys = takes_keys
+
+    def parse_args(self, args: list[str]) -> argparse.Namespace:
         """As argparse's."""
-        args = sys.argv[1:] if args is None else args
-        namespace, flags = self.parse_known_args(args, namespace)
-        namespace.flags, namespace.command = flags, shlex.join([*self.prog.split(), *args])
+        if not self.takes_keys:
+            known = [option for action in self._actions for option in action.option_strings]
+            for name in (word.partition("=")[0] for word in args):
+                if name.startswith("--") and name not in known:
+                    raise UserError(f"there is no option {name}{checks.nearest(name, known)}")
+        namespace, flags = self.parse_known_args(args)
+        if self.takes_keys:
+            namespace.flags, namespace.command = flags, shlex.join([*self.prog.split(), *args])
+        elif flags:
+            raise UserError(f"{flags[0]!r} is not understood; flags are written --option=value")
         return namespace
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, which prints the usage, too."""
+        raise UserError(message)
 
 
 def compare_parser() -> argparse.ArgumentParser:
     """Flags of `compare`."""
-    parser = ParserWithKeys(
-        prog=f"{Path(sys.argv[0]).name} compare",
-        description="Train and test models side by side on the same splits: tables, significance, figures, a page.",
+    parser = Parser(
+        "compare",
+        "Train and test models side by side on the same splits: tables, significance, figures, a page.",
+        takes_keys=True,
         epilog="Every key of RecBole's configuration is a flag too, as --key=value, for all models. A command that was "
         "interrupted goes on where it stopped.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--models", default="", help="models of this package or of RecBole, separated by commas")
     parser.add_argument(
@@ -148,55 +175,58 @@ def compare_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", default="NDCG@10", help="what users are compared by (default: %(default)s)")
     parser.add_argument("--time-limit", type=float, help="seconds after which training ends with the epoch")
     parser.add_argument("--deadline", type=float, help="seconds from now until all has ended, to go on another time")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, spread over gpu_id (default: 1)")
+    parser.add_argument("--parallel", type=whole(1), default=1, help="runs at a time, spread over gpu_id (default: 1)")
     parser.add_argument("--output", required=True, help="folder for tables, figures, page and the runs themselves")
     return parser
 
 
 def plan_parser() -> argparse.ArgumentParser:
     """Flags of `plan`."""
-    parser = argparse.ArgumentParser(
-        prog=f"{Path(sys.argv[0]).name} plan",
-        description="Predict the peak GPU memory of a training step with each loss, and propose batch size and "
-        "negatives that fill a GPU.",
-        allow_abbrev=False,
-        exit_on_error=False,
+    parser = Parser(
+        "plan",
+        "Predict the peak GPU memory of a training step with each loss, and propose batch size and negatives that fill "
+        "a GPU.",
     )
-    parser.add_argument("--items", type=positive, required=True, help="items of the catalogue")
-    parser.add_argument("--length", type=positive, required=True, help="positions of a row: MAX_ITEM_LIST_LENGTH")
-    parser.add_argument("--hidden", type=positive, required=True, help="hidden_size")
+    length, width = whole(1, 10**5), whole(1, 2**12)
+    parser.add_argument("--items", type=whole(1, 10**10), required=True, help="items of the catalogue")
+    parser.add_argument("--length", type=length, required=True, help="positions of a row: MAX_ITEM_LIST_LENGTH")
+    parser.add_argument("--hidden", type=width, required=True, help="hidden_size")
     parser.add_argument("--gpu-memory", type=positive_real, required=True, metavar="GIB", help="memory of the GPU, GiB")
-    parser.add_argument("--batch-size", type=positive, help="rows of a step (default: proposed)")
-    parser.add_argument("--negatives", type=positive, help="num_negatives (default: proposed)")
-    parser.add_argument("--layers", type=positive, default=2, help="n_layers (default: %(default)s)")
-    parser.add_argument("--heads", type=positive, default=2, help="n_heads (default: %(default)s)")
-    parser.add_argument("--inner", type=positive, default=256, help="inner_size (default: %(default)s)")
+    parser.add_argument("--batch-size", type=whole(1, plan.MOST_ROWS), help="rows of a step (default: proposed)")
+    parser.add_argument("--negatives", type=whole(1), help="num_negatives (default: proposed)")
+    parser.add_argument("--layers", type=whole(1, 100), default=2, help="n_layers (default: %(default)s)")
+    parser.add_argument("--heads", type=width, default=2, help="n_heads (default: %(default)s)")
+    parser.add_argument("--inner", type=whole(1, 2**14), default=256, help="inner_size (default: %(default)s)")
     return parser
 
 
-def positive(text: str) -> int:
-    """An integer >= 1 of the command line."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid; it takes an integer >= 1")
-    return int(text)
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of an integer >= low, and <= high, of the command line."""
+
+    def number(text: str) -> int:
+        most = f" and at most {high:,}" if high is not None else ""
+        # of the length of a number of 64 bits, or Python refuses it in words of its own
+        if not re.fullmatch(r"-?\d{1,20}", text) or int(text) < low or (high is not None and int(text) > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; it takes an integer >= {low}{most}")
+        return int(text)
+
+    return number
 
 
 def positive_real(text: str) -> float:
-    """A finite number > 0 of the command line."""
+    """A number > 0, and no more GiB than any computer has, of the command line."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid; it takes a number > 0")
+    if not 0 < number <= MOST_GIB:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; it takes a number > 0 and at most {MOST_GIB:,}")
     return number
 
 
 def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser of a command that uses a trained model."""
-    parser = argparse.ArgumentParser(
-        prog=f"{Path(sys.argv[0]).name} {command}", description=description, allow_abbrev=False, exit_on_error=False
-    )
+    parser = Parser(command, description)
     parser.add_argument("--checkpoint", required=True, help="file in saved/ that training has written")
     parser.add_argument(*TRUST, action="store_true", help=TRUST_HELP)
     return parser
@@ -222,7 +252,7 @@ def keys_help() -> str:
 def main() -> None:
     """Run what sys.argv asks for; a mistake of the user's is one line on stderr and exit status 2."""
     try:
-        with interrupts.answered():
+        with interrupts.answered(), errors.refusals_of_recbole():
             run_command()
     except KeyboardInterrupt as interrupt:
         if not interrupt.args:  # training says more
@@ -231,12 +261,15 @@ def main() -> None:
                 file=sys.stderr,
             )
         sys.exit(128 + signal.SIGINT)
+    except RankFailed as error:
+        parser().exit(1, f"{Path(sys.argv[0]).name}: error: {error}\n")
     except Exception as error:
         if not is_users_mistake(error):
             raise
         logging.getLogger().debug("where it was noticed", exc_info=error)
         message = " ".join(str(error).split())
-        parser().exit(2, f"{Path(sys.argv[0]).name}: error: {message}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
+        sys.exit(2)
 
 
 def run_command() -> None:
@@ -258,31 +291,58 @@ def arguments() -> dict[str, Any]:
     RecBole's Config reads the --key=value flags from sys.argv by itself.
 
     Raises:
-        ValueError, argparse.ArgumentError: names the option, its value and what it takes.
+        UserError, argparse.ArgumentError: names the option, its value and what it takes.
     """
     args, rest = parser().parse_known_args()
     # RecBole's Config reads sys.argv, too, and warns of flags without a value
     sys.argv = [word for word in sys.argv if word not in ("--resume", *TRUST)]
-    files = args.config_files.split() if args.config_files else []
-    in_files = {key: value for file in files for key, value in checks.config_file(file).items()}
-    model = args.model or in_files.get("model") or "SASRecCCE"
+    files = config_sources.file_names(args.config_files)
+    in_files = config_sources.read_files(files, "--config_files")
+    model = in_files.get("model", "SASRecCCE") if args.model is None else args.model
+    dataset = in_files.get("dataset", "ml-100k") if args.dataset is None else args.dataset
     checks.check_model(model)
+    checks.check_dataset(dataset)
     checks.check_flags(rest, in_files, model)
-    dataset = args.dataset or in_files.get("dataset") or "ml-100k"
+    check_processes(args)
     config = quick_start.configuration(model, dataset, files)
-    checks.check_config(config, args.nproc)
+    checks.check_valid_metric(config)
+    checks.check_gpus(config, args.nproc)
     checkpoints.check(config)
     asked = {
         "resume": resumed_file(args.resume, args.trust_checkpoint, config),
         "trust_checkpoint": args.trust_checkpoint,
     }
-    names = ("nproc", "world_size", "ip", "port", "group_offset")
-    return {
-        "model": model,
-        "dataset": dataset,
-        "config_file_list": files,
-        "config_dict": {key: value for key, value in asked.items() if value},
-    } | {name: getattr(args, name) for name in names}
+    names = ("nproc", "world_size", "ip", "group_offset")
+    return (
+        {
+            "model": model,
+            "dataset": dataset,
+            "config_file_list": files,
+            "config_dict": {key: value for key, value in asked.items() if value},
+        }
+        | {name: getattr(args, name) for name in names}
+        | {"port": str(args.port)}
+    )
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Raise a UserError for numbers of processes that do not fit each other, or a port that is taken."""
+    if args.world_size != -1 and args.world_size < args.nproc + args.group_offset:
+        raise UserError(
+            f"--world_size: {args.world_size} is not valid; it takes at least nproc + group_offset, "
+            f"{args.nproc} + {args.group_offset}"
+        )
+    several = args.nproc > 1 or args.world_size > 0
+    if several and args.group_offset == 0:  # the first process of this machine listens there
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+            try:
+                listener.bind((args.ip, args.port))
+            except socket.gaierror:
+                raise UserError(f"--ip: {args.ip!r} is not valid; it takes the address of the first machine") from None
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise UserError(f"--port: {args.port} is in use on {args.ip}; choose another") from None
 
 
 def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str | None:
@@ -305,16 +365,8 @@ def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str 
 
 
 def is_users_mistake(error: Exception) -> bool:
-    """Whether an error is one that RecBole or this package raises on purpose, or one of files and the network.
-
-    The last frame of such an error stands on a `raise` of theirs; errors of torch, NumPy and the like come from
-    elsewhere, and with them the whole traceback is of use.
-    """
-    if isinstance(error, (argparse.ArgumentError, OSError)):
-        return True
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    packages = tuple(str(Path(package.__file__).parent) for package in (recbole, recbole_cce))
-    return last.filename.startswith(packages) and last.line.startswith("raise ")
+    """Whether an error is about what the user gave, files or the network: its one line is all that is of use."""
+    return isinstance(error, (UserError, argparse.ArgumentError, OSError))
 
 
 def doctor() -> str:

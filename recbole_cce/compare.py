@@ -23,12 +23,14 @@ from typing import Any
 
 from recbole.config import Config
 from recbole.data import create_dataset
-from recbole.evaluator.base_metric import LossMetric, TopkMetric
+from recbole.evaluator.base_metric import TopkMetric
 from recbole.evaluator.register import metrics_dict
 from recbole.utils import get_model, set_color
 from tqdm import tqdm
 
-from recbole_cce import checks, quick_start, registry, report
+from recbole_cce import checks, config_sources, quick_start, registry, report, settings
+from recbole_cce.errors import UserError
+from recbole_cce.files import locked, remove_parts
 from recbole_cce.trial import Trial, run
 from recbole_cce.variants import Variant, expand, parse_flags, parse_seeds, parse_variants, parse_vary
 
@@ -62,29 +64,31 @@ def compare(
     """Run what is missing, then write tables, figures and page into `output`; the options are those of the command.
 
     Raises:
-        ValueError: names the option, its value and what it takes, before any run starts; or matplotlib is missing,
+        UserError: names the option, its value and what it takes, before any run starts; or matplotlib is missing,
             after the tables are written.
     """
     begun = time.time()
     for option, value in {"time-limit": time_limit, "deadline": deadline, "parallel": parallel}.items():
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{option}: {value} is not valid; it takes a number > 0")
+            raise UserError(f"--{option}: {value} is not valid; it takes a number > 0")
     trials = plan(output, models, variant or [], vary or [], dataset, config_files, seeds, time_limit, flags or [])
     config = configuration(trials[0])
     metric, gpus = check_metric(metric, config), config["gpu_id"].split(",")
-    waiting = [trial for trial in trials if not is_done(trial)]
-    if waiting:
-        check_data(configuration(waiting[0]))
+    if missing := next((trial for trial in trials if not is_done(trial)), None):
+        check_data(configuration(missing))
     end = begun + (deadline or math.inf)
-    try:
-        execute(waiting, len(trials), parallel, gpus, end, metric)
-        crowded = [trial for trial in waiting if trial.result()["state"] == "out of memory" and not is_done(trial)]
-        if crowded:  # what was missing may be what neighbours held
-            execute(crowded, len(trials), len(gpus), gpus, end, metric)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
-    report.write(Path(output), trials, metric, command)
+    with held(Path(output)):
+        clean(Path(output), trials)
+        try:
+            waiting = [trial for trial in trials if not is_done(trial)]
+            execute(waiting, len(trials), parallel, gpus, end, metric)
+            crowded = [trial for trial in waiting if trial.result()["state"] == "out of memory" and not is_done(trial)]
+            if crowded:  # what was missing may be what neighbours held
+                execute(crowded, len(trials), len(gpus), gpus, end, metric)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+            sys.exit(130)
+        report.write(Path(output), trials, metric, command)
 
 
 def plan(
@@ -100,10 +104,11 @@ def plan(
 ) -> list[Trial]:
     """Every run of the comparison, checked: variant by variant, seed by seed."""
     if Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"--output: {output!r} is a file; it takes a folder")
-    files = config_files.split() if config_files else []
-    in_files = {key: value for file in files for key, value in checks.config_file(file).items()}
-    dataset = dataset or in_files.get("dataset") or "ml-100k"
+        raise UserError(f"--output: {output!r} is a file; it takes a folder")
+    files = config_sources.file_names(config_files)
+    in_files = config_sources.read_files(files, "--config_files")
+    dataset = in_files.get("dataset", "ml-100k") if dataset is None else dataset
+    checks.check_dataset(dataset)
     named = parse_variants(models, variant)
     common = {"show_progress": "False", **parse_flags(flags, in_files, [one.model for one in named])}
     numbers = parse_seeds(seeds)
@@ -115,12 +120,12 @@ def plan(
     expanded = [each for one in named for each in expand(one, varied, config)]
     for key in varied:
         if not any(key in one.settings for one in expanded):
-            raise ValueError(f"--vary: {key} changes nothing in {', '.join(one.name for one in named)}")
+            raise UserError(f"--vary: {key} changes nothing in {', '.join(one.name for one in named)}")
     configs = [config(one) for one in expanded]
-    for made in configs:
-        checks.check_config(made, 1)
     check_same(expanded, configs)
-    check_evaluation(configs[0])
+    checks.check_valid_metric(configs[0])
+    if configs[0]["eval_step"] < 1:
+        settings.refuse("eval_step", configs[0]["eval_step"], "an integer >= 1")
 
     trials, folders = [], {}
     for one, made in zip(expanded, configs, strict=True):
@@ -128,7 +133,7 @@ def plan(
             key = digest({**made.final_config_dict, "seed": seed}, time_limit)
             folder = str(Path(output).resolve() / "runs" / f"{one.model}-{seed}-{key}")
             if folder in folders:
-                raise ValueError(f"--variant: {one.name!r} has the settings of {folders[folder]!r}")
+                raise UserError(f"--variant: {one.name!r} has the settings of {folders[folder]!r}")
             folders[folder] = one.name
             own = {"seed": seed, "checkpoint_dir": folder}
             trials.append(
@@ -162,39 +167,22 @@ def digest(settings: dict[str, Any], time_limit: float | None) -> str:
 # What a user can get wrong
 
 
-def check_evaluation(config: Config) -> None:
-    """Raise a ValueError for what RecBole would notice after the first epoch of every run."""
-    computed = set()
-    for name in map(str.lower, config["metrics"]):
-        by_rank = name != "gauc" and not issubclass(metrics_dict[name], LossMetric)
-        computed.update([f"{name}@{k}" for k in config["topk"]] if by_rank else [name])
-    if config["valid_metric"].lower() not in computed:
-        raise ValueError(
-            f"valid_metric: {config['valid_metric']!r} is not among metrics and topk; it takes one of "
-            f"{', '.join(sorted(computed))}"
-        )
-    if config["eval_step"] < 1:
-        raise ValueError(f"eval_step: {config['eval_step']} is not valid; it takes an integer >= 1")
-
-
 def check_metric(metric: str, config: Config) -> str:
     """The name RecBole gives to the metric that users are compared by."""
     names = [name.lower() for name in config["metrics"] if issubclass(metrics_dict[name.lower()], TopkMetric)]
     valid = [f"{name}@{k}" for name in names for k in config["topk"]]
     if metric.lower() not in valid:
-        raise ValueError(
-            f"--metric: {metric!r} is not valid; it takes one of {', '.join(valid) or 'no metrics at all'}"
-        )
+        raise UserError(f"--metric: {metric!r} is not valid; it takes one of {', '.join(valid) or 'no metrics at all'}")
     return metric.lower()
 
 
 def check_same(variants: list[Variant], configs: list[Config]) -> None:
-    """Raise a ValueError where two models would be tested on different interactions, or in another way."""
+    """Raise a UserError where two models would be tested on different interactions, or in another way."""
     for variant, config in zip(variants, configs, strict=True):
         for key in SAME:
             first, other = configs[0][key] or None, config[key] or None
             if first != other:
-                raise ValueError(
+                raise UserError(
                     f"{key}: {variants[0].name} has {first!r}, {variant.name} has {other!r}; a comparison takes one "
                     f"value, such as --{key}={str(first).replace(' ', '')!r}"
                 )
@@ -204,14 +192,45 @@ def check_data(config: Config) -> None:
     """Read the data set once, so that it is downloaded before several runs want it, and mistakes in it show."""
     items = create_dataset(config).item_num - 1
     if max(config["topk"]) > items:
-        raise ValueError(f"topk: {config['topk']} is not valid; it takes at most {items}, the number of items")
+        raise UserError(f"topk: {config['topk']} is not valid; it takes at most {items}, the number of items")
 
 
 # Running
 
 
+@contextlib.contextmanager
+def held(output: Path) -> Iterator[None]:
+    """The folder of the comparison, for this command alone.
+
+    Raises:
+        UserError: another command has it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(output))
+        except BlockingIOError as error:
+            raise UserError(
+                f"--output: {str(output)!r} is that of another compare that is running ({error}); it takes another "
+                "folder, or the same one after that has ended"
+            ) from None
+        yield
+
+
+def clean(output: Path, trials: list[Trial]) -> None:
+    """Remove what killed commands left in the folder, and runs whose files are damaged, so that they are repeated."""
+    for folder in (output, *output.glob("runs/*")):
+        remove_parts(folder / "*")
+    for trial in trials:
+        if damage := trial.damage():
+            print(f"{damage}: this run is repeated", file=sys.stderr)
+            shutil.rmtree(trial.folder)
+
+
 def is_done(trial: Trial) -> bool:
     """Whether a run need not be repeated: it was tested, or is too large for the device alone."""
+    if trial.damage():
+        return False
     result = trial.result()
     return result["state"] in ("finished", "cut") or (result["state"] == "out of memory" and result["parallel"] == 1)
 
@@ -248,9 +267,10 @@ def execute(trials: list[Trial], total: int, parallel: int, gpus: list[str], end
                 progress.update()
     finally:
         progress.close()
-        for _, process in running.values():
+        for one, process in running.values():
             process.kill()
             process.join()
+            remove_parts(Path(one.folder) / "*")
 
 
 @contextlib.contextmanager

@@ -9,14 +9,11 @@ answered for *our* models alone, by subclasses in trainer.py, evaluation.py and 
 from __future__ import annotations
 
 import builtins
-import collections
 import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
 import os
-import pickle
 import secrets
 import sys
 import types
@@ -31,6 +28,7 @@ import pandas as pd
 import scipy.sparse
 import torch
 
+from recbole_cce import seeds
 from recbole_cce.errors import UserError
 
 RECBOLE_VERSION = "1.2.1"
@@ -215,6 +213,14 @@ def cross_entropy_defaults() -> str | None:
     return "sequential models with loss_type CE need no train_neg_sample_args: ~"
 
 
+def literals_only() -> str:
+    """Read values of flags, files and config_dict as literals: RecBole passes them to eval() (not reported)."""
+    from recbole_cce import config_sources
+
+    config_sources.install()
+    return "values of flags, files and config_dict are read as literals, not evaluated"
+
+
 def safe_checkpoints() -> str | None:
     """Make checkpoints that stock torch.load reads with weights_only=True, its default since 2.6 (#2155, #2212).
 
@@ -319,48 +325,6 @@ def share_file_name(trainer: Any) -> None:
     trainer.saved_model_file = names[0]
 
 
-def no_unasked_pickles() -> str | None:
-    """Unpickle a saved data set or its loaders only where the run trusts them, by `trust_checkpoint` (not reported).
-
-    RecBole does it with any file of the right name in checkpoint_dir, and a pickle can run any code as it is read.
-    """
-    import recbole.data
-    from recbole.data import utils
-
-    create_dataset, load_split_dataloaders = utils.create_dataset, utils.load_split_dataloaders
-
-    def trusts(config: Any, key: str) -> bool:
-        if config[key] and not config["trust_checkpoint"]:
-            raise UserError(
-                f"{key}: {config[key]!r} holds pickled objects, and unpickling can run any code: if you trust whoever "
-                "made it, use --trust-checkpoint"
-            )
-        return bool(config["trust_checkpoint"])
-
-    def left_alone(file: Any) -> Any:
-        logging.getLogger().warning(
-            f"{file.name} holds pickled objects, which can run any code: the data set is made anew; --trust-checkpoint "
-            "reads the file"
-        )
-        return types.SimpleNamespace(config=collections.defaultdict(object))  # RecBole sees other settings than its own
-
-    def create_trusted_dataset(config: Any) -> Any:
-        load = pickle.load if trusts(config, "dataset_save_path") else left_alone
-        with _swapped(utils, "pickle", types.SimpleNamespace(load=load, dump=pickle.dump)):
-            return create_dataset(config)
-
-    def load_trusted_dataloaders(config: Any) -> Any:
-        if not trusts(config, "dataloaders_save_path"):
-            return None
-        with _swapped(utils, "pickle", pickle):
-            return load_split_dataloaders(config)
-
-    utils.pickle = types.SimpleNamespace(load=left_alone, dump=pickle.dump)
-    utils.create_dataset = recbole.data.create_dataset = create_trusted_dataset
-    utils.load_split_dataloaders = load_trusted_dataloaders
-    return "saved data sets and loaders, which are pickles, are read with --trust-checkpoint alone"
-
-
 def numbers_alone() -> str | None:
     """Keep LDiffRec from unpickling its item vectors (not reported)."""
     from recbole.model.general_recommender import ldiffrec
@@ -392,6 +356,38 @@ def names_of_their_own() -> str | None:
     return "checkpoints and logs of runs that start in one second have different names"
 
 
+def atomic_files() -> str:
+    """Read the files of a data set as they stand, and check what they are asked for (not reported).
+
+    RecBole has pandas guess quotes and missing values, takes any type for any column, drops other lines than those
+    without a user or an item, and filters nothing where an interval is malformed.
+    """
+    from recbole.data.dataset import Dataset
+
+    from recbole_cce import data_reader
+
+    original = Dataset._get_preset
+
+    def get_preset(self: Any) -> None:
+        original(self)
+
+    Dataset._get_preset = get_preset
+    Dataset._load_feat = data_reader.load_feat
+    return "data files are read without quotes and guessed missing values; columns and filters are checked"
+
+
+def token_tables() -> str:
+    """Keep tokens in the bytes that they take; give lists of pre-split files the ids of their items (not reported)."""
+    from recbole.data.dataset import Dataset, SequentialDataset
+
+    from recbole_cce import data_tokens
+
+    Dataset._remap = data_tokens.remap
+    SequentialDataset._set_alias = data_tokens.set_alias
+    SequentialDataset._init_alias = data_tokens.init_alias
+    return "tables of tokens take their bytes, not the longest token's for each; pre-split lists share the items' ids"
+
+
 def pandas_fill_nan() -> str | None:
     """Fill missing values by assignment: `frame[column].fillna(inplace=True)` does nothing on pandas 3."""
     if not _copies_on_write():
@@ -412,20 +408,7 @@ def pandas_fill_nan() -> str | None:
                     empty = np.array([], dtype=np.int64 if ftype == FeatureType.TOKEN_SEQ else np.float64)
                     feat[field] = [empty if isinstance(value, float) else value for value in feat[field]]
 
-    class PandasWithFilledSequences(types.ModuleType):
-        """pandas, but read_csv gives "" where a *_seq column has no value (columns are `name:type` there)."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(pd, name)
-
-        def read_csv(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-            frame = pd.read_csv(*args, **kwargs)
-            for column in frame.columns[frame.columns.str.endswith("_seq")]:
-                frame[column] = frame[column].fillna("")
-            return frame
-
     module.Dataset._fill_nan = fill_nan
-    module.pd = PandasWithFilledSequences("pandas")
     return f"pandas {pd.__version__} ignores fillna(inplace=True) on a column; missing values are assigned"
 
 
@@ -475,20 +458,44 @@ def quiet_warnings() -> str | None:
     return "warnings of pandas and torch about RecBole's code are off"
 
 
-def download_barrier() -> str | None:
-    """Let a single process download a data set: RecBole ends it with torch.distributed.barrier() (#1989, #2050)."""
+def malformed_intervals() -> str:
+    """Refuse intervals that RecBole warns of and then filters nothing by, or all (not reported)."""
     from recbole.data.dataset.dataset import Dataset
 
-    original = Dataset._download
+    from recbole_cce import settings
 
-    def download(self: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return original(self)
-        with _swapped(torch.distributed, "barrier", lambda *args, **kwargs: None):
-            return original(self)
+    def parse_intervals(self: Any, text: Any) -> list[tuple[str, float, float, str]] | None:
+        return None if text is None else settings.intervals(text)
 
-    Dataset._download = download
-    return "downloads finish in a single process without a process group"
+    Dataset._parse_intervals_str = parse_intervals
+    return "malformed intervals are errors"
+
+
+def columns_of_options() -> str:
+    """Name the option whose column no file has: RecBole ends in a KeyError, or leaves the option out (not reported)."""
+    from recbole.data.dataset.dataset import Dataset
+
+    original = Dataset._init_alias
+
+    def init_alias(self: Any) -> None:
+        from recbole_cce import checks
+
+        checks.check_columns(self)
+        original(self)
+
+    Dataset._init_alias = init_alias
+    return "options that name a column which no file has are errors"
+
+
+def whole_downloads() -> str:
+    """Download data sets whole or not at all, in one of several processes; without a group, too (#1989, #2050)."""
+    from recbole.data.dataset import Dataset
+
+    from recbole_cce import downloads
+
+    Dataset._load_data = downloads.load_data
+    Dataset._download = downloads.download
+    return "data sets are downloaded beside their folder, checked and renamed, by one process"
 
 
 def download_prompt() -> str | None:
@@ -500,6 +507,33 @@ def download_prompt() -> str | None:
 
     url.input = answer  # a module's own global shadows the builtin it asks for
     return "without a terminal, data sets above 1 GB are downloaded without asking"
+
+
+def seeds_of_processes() -> str:
+    """Give each process of a run random numbers of its own, and the order of rows of several to `seed` (not reported).
+
+    RecBole adds the number of a process to the seed, so that the second one of seed 2020 draws what the first one of
+    2021 does, and its DistributedSampler knows no seed at all.
+    """
+    from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+    from recbole.trainer.trainer import AbstractTrainer
+    from recbole.utils import init_seed
+
+    trainer_init, loader_init = AbstractTrainer.__init__, AbstractDataLoader.__init__
+
+    def init_trainer(self: Any, config: Any, model: Any) -> None:
+        trainer_init(self, config, model)  # all have the first one's weights now
+        if not config["single_spec"]:
+            init_seed(seeds.of_rank(config["seed"], torch.distributed.get_rank()), config["reproducibility"])
+
+    def init_loader(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        loader_init(self, config, *args, **kwargs)
+        if not config["single_spec"]:
+            self.sampler.seed = seeds.of_order(config["seed"])
+            self.generator.manual_seed(seeds.of_rank(config["seed"], torch.distributed.get_rank()))
+
+    AbstractTrainer.__init__, AbstractDataLoader.__init__ = init_trainer, init_loader
+    return "processes of one run draw different numbers, and rows come in an order that depends on the seed"
 
 
 def folders_of_workers() -> str | None:
@@ -516,14 +550,17 @@ def folders_of_workers() -> str | None:
 def collector_keeps_counters() -> str | None:
     """Let ItemCoverage, AveragePopularity, TailPercentage and the like run (#2131, #2191, #2194).
 
-    Collector.get_data_struct calls .cpu() on everything, also on an int and on a Counter.
+    Collector.get_data_struct calls .cpu() on everything, also on an int and on a Counter. Lists of users for whom fewer
+    than k items are left are filled up with what was ranked last (not reported).
     """
+    from recbole.evaluator.register import metrics_dict
     from recbole.trainer import trainer
 
-    from recbole_cce.evaluation import Collector
+    from recbole_cce import evaluation
 
-    trainer.Collector = Collector
-    return "coverage and popularity metrics no longer crash on .cpu()"
+    trainer.Collector = evaluation.Collector
+    metrics_dict.update(evaluation.OF_ITEMS)
+    return "coverage and popularity metrics no longer crash on .cpu(), and count what was recommended alone"
 
 
 REPAIRS: list[Callable[[], str | None]] = [
@@ -531,18 +568,23 @@ REPAIRS: list[Callable[[], str | None]] = [
     numpy_aliases,
     plain_metrics,
     scipy_update,
-    no_unasked_pickles,  # before RecBole's entry points import what it replaces
     ray_stand_in,
     exhaustive_search,
     no_anomaly_detection,
     numbers_alone,
     names_of_their_own,
     cross_entropy_defaults,
+    literals_only,
     safe_checkpoints,
+    atomic_files,
+    token_tables,
     pandas_fill_nan,
     pandas_sequence_lengths,
-    download_barrier,
+    malformed_intervals,
+    columns_of_options,
+    whole_downloads,
     download_prompt,
+    seeds_of_processes,
     folders_of_workers,
     collector_keeps_counters,
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -24,9 +23,10 @@ from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_cce import data_cache
-from recbole_cce.data_reader import CReader
+from recbole_cce import data_cache, downloads
 from recbole_cce.data_rows import TARGET_ROW, Gathered, Rows
+from recbole_cce.errors import UserError
+from recbole_cce.history import History, UserHistories, listed
 
 # of train_batch_size: auto. With RecBole's default of 2,048, small data sets need more epochs to as good a model.
 TARGETS_PER_BATCH = 1024
@@ -61,7 +61,7 @@ def counted(values: Any = ()) -> Counter:
 
 def in_order(numbers: torch.Tensor) -> torch.Tensor:
     """Integers in the order of the doubles: torch sorts integers by radix, several times as fast."""
-    bits = (numbers + 0.0).view(torch.int64)  # -0.0, which equals 0.0, becomes it
+    bits = (numbers.double() + 0.0).view(torch.int64)  # -0.0, which equals 0.0, becomes it
     return bits ^ ((bits >> 63) & (2**63 - 1))  # the bits of a negative one count down
 
 
@@ -82,6 +82,8 @@ class LeanSequentialDataset(SequentialDataset):
             either way, so that counts and RecBole's statistics do not depend on `train_targets`.
     """
 
+    OWN_FIELDS = (TARGET_ROW, TARGET_COUNT, ROW_NUMBER)  # no column of a file may have these names
+
     def __init__(self, config: Config) -> None:
         self.flat: Interaction | None = None
         self.time_rank: torch.Tensor | None = None
@@ -89,50 +91,10 @@ class LeanSequentialDataset(SequentialDataset):
         self.windows: np.ndarray | None = None
         super().__init__(config)
 
-    # Reading: one clear error for each mistake in the files and the options that name their columns
-
-    def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
-        columns = self._read_header(filepath)
-        if source == FeatureSource.INTERACTION:
-            loaded, unloaded = self._get_load_and_unload_col(source)
-            for option in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"):
-                field = self.config[option]
-                if field not in columns:
-                    raise ValueError(f"{option}: {field!r} is not a column of {filepath}; it has {', '.join(columns)}")
-                if (loaded is not None and field not in loaded) or (unloaded is not None and field in unloaded):
-                    raise ValueError(
-                        f"load_col: the column {field!r} ({option}) of {filepath} is not loaded; set "
-                        f"load_col: {{inter: [{', '.join(self._required_fields())}]}}"
-                    )
-        pandas = recbole_dataset.pd
-        recbole_dataset.pd = CReader(pandas)
-        try:
-            return super()._load_feat(filepath, source)
-        except (ValueError, pd.errors.ParserError) as error:
-            raise ValueError(f"{filepath} cannot be read: {error}") from error
-        finally:
-            recbole_dataset.pd = pandas
-
-    def _required_fields(self) -> list[str]:
-        return [self.config[option] for option in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
-
-    def _read_header(self, filepath: str) -> list[str]:
-        with open(filepath, encoding=self.config["encoding"]) as file:
-            cells = file.readline().rstrip("\r\n").split(self.config["field_separator"])
-        types = [ftype.value for ftype in FeatureType]
-        for cell in cells:
-            name, _, ftype = cell.partition(":")
-            if not name or ftype not in types:
-                raise ValueError(
-                    f"{filepath}: the header cell {cell!r} is not 'name:type' with a type of {', '.join(types)}; "
-                    f"columns are separated by field_separator {self.config['field_separator']!r}"
-                )
-        return [cell.partition(":")[0] for cell in cells]
-
     def _reset_index(self) -> None:
         if self.inter_feat.empty:
             filters = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter")
-            raise ValueError(
+            raise UserError(
                 f"no interaction of {self.dataset_name} is left after filtering with "
                 + ", ".join(f"{name}: {self.config[name]!r}" for name in filters)
             )
@@ -169,8 +131,7 @@ class LeanSequentialDataset(SequentialDataset):
     def _from_scratch(self) -> None:
         """As RecBole's, or from the copy that an earlier run left (`cache_data`)."""
         self._get_preset()
-        if not os.path.exists(self.dataset_path):
-            self._download()
+        downloads.ensure(self)
         # a subclass may keep more than the cache holds
         cache = data_cache.of(self) if type(self) is LeanSequentialDataset else None
         if cache is None:
@@ -220,6 +181,7 @@ class LeanSequentialDataset(SequentialDataset):
         """Replace the interactions by rows: each interaction but a user's first is the target of one."""
         self._aug_presets()
         self.flat = self.inter_feat
+        self.histories = UserHistories(self.flat[self.uid_field], self.flat[self.iid_field])
         self.list_fields = {
             getattr(self, f"{field}_list_field"): field for field in self.flat if field != self.uid_field
         }
@@ -228,7 +190,7 @@ class LeanSequentialDataset(SequentialDataset):
         position = torch.arange(len(uid)) - (count.cumsum(0) - count)[uid]  # in the user's history
         target = position.nonzero().squeeze(1)
         if len(target) == 0:
-            raise ValueError(f"no user of {self.dataset_name} has two interactions: there is nothing to predict")
+            raise UserError(f"no user of {self.dataset_name} has two interactions: there is nothing to predict")
         table = self.flat.interaction | {self.item_list_length_field: position.clamp(max=self.max_item_list_len)}
         self.inter_feat = Rows(Gathered(table, {TARGET_ROW: target}, [*table, TARGET_ROW]))
 
@@ -254,45 +216,56 @@ class LeanSequentialDataset(SequentialDataset):
         rows = self._with_lists(of_index, self.max_item_list_len)
         if self.windows is not None:
             rows.update(Interaction({TARGET_COUNT: self._target_counts(rows)}))
-        elif self.config["exclude_seen"] and TARGET_ROW in of_index:
+        elif (self.config["exclude_seen"] or self.config["repeat_bias"] != "none") and TARGET_ROW in of_index:
             rows.update(Interaction({TARGET_ROW: of_index[TARGET_ROW]}))
         return self.join(rows) if join else rows
 
-    def seen(self, rows: Interaction) -> tuple[torch.Tensor, torch.Tensor]:
-        """[P] numbers of rows of a batch and [P] items that their users had before the target, however long ago.
+    def history(self, rows: Interaction) -> History:
+        """What the users of a batch had before the target, however long ago.
 
         Pre-split benchmark files show no more than the row's own list.
         """
         if TARGET_ROW not in rows:
-            number, place = rows[self.item_id_list_field].nonzero(as_tuple=True)
-            return number, rows[self.item_id_list_field][number, place]
-        return self.items_before(rows[TARGET_ROW])
+            return listed(rows[self.item_id_list_field], rows[self.item_list_length_field])
+        return self.histories.before(rows[TARGET_ROW])
+
+    def history_lengths(self, users: torch.Tensor) -> torch.Tensor:
+        """How many interactions each of `users` [U] has: none, where only a file of users names it.
+
+        Raises:
+            UserError: the interactions come from pre-split benchmark files.
+        """
+        if self.flat is None:
+            raise UserError("benchmark_filename: pre-split files do not tell a user's last interactions")
+        return self.flat[self.uid_field].bincount(minlength=self.user_num)[users]
 
     def latest(self, users: torch.Tensor) -> Interaction:
         """A row for each of `users` [U], as a test row of the next interaction would be: its list holds the last items.
 
         Raises:
-            ValueError: the interactions come from pre-split benchmark files.
+            UserError: as history_lengths().
+            ValueError: a user has no interaction.
         """
-        if self.flat is None:
-            raise ValueError("benchmark_filename: pre-split files do not tell a user's last interactions")
-        uid = self.flat[self.uid_field]
-        first, end = torch.searchsorted(uid, users), torch.searchsorted(uid, users, right=True)
-        length = (end - first).clamp(max=self.max_item_list_len)
+        count = self.history_lengths(users)
+        if not count.all():
+            raise ValueError(f"user {int(users[count == 0][0])} has no interaction")
+        end = torch.searchsorted(self.flat[self.uid_field], users, right=True)
+        length = count.clamp(max=self.max_item_list_len)
         rows = Interaction({self.uid_field: users, self.item_list_length_field: length, TARGET_ROW: end})
         listed = self._with_lists(rows, self.max_item_list_len)
         listed.update(Interaction({TARGET_ROW: end}))
         return listed
 
-    def items_before(self, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of rows `end` [N] of the flat table (or one past a user's last): [P] numbers 0 to N - 1 and [P] items of
-        the same user that come before."""
-        uid = self.flat[self.uid_field]
-        first = torch.searchsorted(uid, uid[end - 1])
-        count = end - first
-        number = torch.arange(len(end)).repeat_interleave(count)
-        place = torch.arange(len(number)) - (count.cumsum(0) - count - first)[number]
-        return number, self.flat[self.iid_field][place]
+    def some_targets(self, limit: int) -> Interaction:
+        """Rows of at most `limit` random targets of a training split, always the same ones."""
+        number = torch.arange(len(self.inter_feat))
+        if len(number) > limit:
+            number = torch.randperm(len(number), generator=torch.Generator().manual_seed(0))[:limit]
+        rows = self.inter_feat[number.numpy()]
+        listed = self._with_lists(rows, self.max_item_list_len)
+        if TARGET_ROW in rows:
+            listed.update(Interaction({TARGET_ROW: rows[TARGET_ROW]}))
+        return listed
 
     def __len__(self) -> int:
         return len(self.inter_feat if self.windows is None else self.windows)
@@ -339,11 +312,11 @@ class LeanSequentialDataset(SequentialDataset):
         datasets = super().build()
         train = datasets[0]
         if len(train) == 0:
-            raise ValueError(f"eval_args: {self.config['eval_args']} leaves no training row")
+            raise UserError(f"eval_args: {self.config['eval_args']} leaves no training row")
         if TARGET_ROW not in train.inter_feat:
             width = train.inter_feat[self.item_id_list_field].size(1)
             if width > self.max_item_list_len:
-                raise ValueError(
+                raise UserError(
                     f"MAX_ITEM_LIST_LENGTH: {self.max_item_list_len} is less than the {width} items of the longest "
                     f"list in the benchmark files; raise it or cut the lists with seq_len"
                 )

@@ -23,12 +23,14 @@ from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_cce import compat, data_reader
-from recbole_cce.files import write_whole
+from recbole_cce import compat, data_columns, data_reader, data_tokens
+from recbole_cce.data_tokens import packed, unpacked
+from recbole_cce.errors import UserError
+from recbole_cce.files import remove_parts, write_whole
 
 DESCRIPTION = "description"  # of the arrays: JSON, and first in the file
-PLAIN = ("field2seqlen", "field2bucketnum", "file_size_list")  # attributes of RecBole's data set that JSON can hold
-TABLES = ("field2id_token", "_preloaded_weight")  # field -> array
+PLAIN = ("field2seqlen", "field2bucketnum", "file_size_list", "notes")  # attributes of a data set that JSON can hold
+TOKENS, WEIGHTS = "field2id_token", "_preloaded_weight"  # those of a table for each field
 
 
 class Reading:
@@ -53,7 +55,7 @@ def of(dataset: Any) -> Cache | None:
     Nor is there one in RecBole's own folder, whose ml-100k is small.
 
     Raises:
-        ValueError: `cache_data` is a folder that cannot be made.
+        UserError: `cache_data` is a folder that cannot be made.
     """
     wanted = dataset.config["cache_data"]
     if not wanted:
@@ -65,7 +67,7 @@ def of(dataset: Any) -> Cache | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"cache_data: {wanted!r} is not valid, it cannot be made a folder ({error.strerror}); "
                 "it takes True, False or a folder"
             ) from None
@@ -79,7 +81,8 @@ def sources(dataset: Any) -> dict[str, str]:
     suffixes += ["user", "item", *(config["additional_feat_suffix"] or ())]
     data = [Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}" for suffix in suffixes]
     classes = [cls for cls in type(dataset).__mro__ if issubclass(cls, Dataset)]
-    programs = [__file__, compat.__file__, data_reader.__file__, *map(inspect.getfile, classes)]
+    modules = (compat, data_columns, data_reader, data_tokens)
+    programs = [__file__, *(module.__file__ for module in modules), *map(inspect.getfile, classes)]
     found = {name: version(name) for name in ("pandas", "numpy")}
     return found | {path.name: digest(path) for path in [*map(Path, programs), *data] if path.is_file()}
 
@@ -102,6 +105,7 @@ class Cache:
 
     def read_into(self, dataset: Any) -> bool:
         """Fill a data set from the file; False where there is none, an old one or, with a warning, a damaged one."""
+        remove_parts(self.path)
         if not self.path.is_file():
             return False
         try:
@@ -117,6 +121,8 @@ class Cache:
                 f"{self.path} is damaged ({type(error).__name__}: {error}): the data set is read from its files again"
             )
             return False
+        for note in getattr(dataset, "notes", ()):
+            dataset.logger.warning(note)
         dataset.logger.debug(f"data set read from {self.path}")
         return True
 
@@ -145,12 +151,12 @@ def describe(dataset: Any, described: dict[str, Any]) -> dict[str, np.ndarray]:
         field: source.value if isinstance(source, FeatureSource) else source
         for field, source in dataset.field2source.items()
     }
-    for table in TABLES:
-        names = {}  # fields of one space of ids share one array
-        for field, values in getattr(dataset, table).items():
-            names[field] = next((name for name in names.values() if arrays[name] is values), f"{table}/{field}")
-            arrays[names[field]] = values
-        described[table] = names
+    arrays |= {f"{WEIGHTS}/{field}": values for field, values in dataset._preloaded_weight.items()}
+    described[WEIGHTS] = list(dataset._preloaded_weight)
+    owners: dict[int, str] = {}  # fields of one space of ids share one table: that of the first
+    described[TOKENS] = {field: owners.setdefault(id(table), field) for field, table in dataset.field2id_token.items()}
+    for field in owners.values():
+        arrays[f"{TOKENS}/{field}"], arrays[f"{TOKENS}/{field}/lengths"] = packed(dataset.field2id_token[field])
     described["features"] = {name: list(getattr(dataset, name)) for name in dataset.feat_name_list}
     for name, fields in described["features"].items():
         arrays |= {f"{name}/{field}": getattr(dataset, name)[field].numpy() for field in fields}
@@ -170,10 +176,14 @@ def restore(dataset: Any, described: dict[str, Any], arrays: dict[str, np.ndarra
     dataset.field2source = {
         field: FeatureSource(value) if value in known else value for field, value in described["field2source"].items()
     }
-    for table in TABLES:
-        loaded = {name: arrays[name] for name in set(described[table].values())}
-        setattr(dataset, table, {field: loaded[name] for field, name in described[table].items()})
-    dataset.field2token_id = ids_of(dataset.field2id_token)
+    dataset._preloaded_weight = {field: arrays[f"{WEIGHTS}/{field}"] for field in described[WEIGHTS]}
+    tables = {
+        field: unpacked(arrays[f"{TOKENS}/{field}"], arrays[f"{TOKENS}/{field}/lengths"])
+        for field in dict.fromkeys(described[TOKENS].values())
+    }
+    dataset.field2id_token = {field: tables[owner] for field, owner in described[TOKENS].items()}
+    ids = {field: {token: number for number, token in enumerate(table)} for field, table in tables.items()}
+    dataset.field2token_id = {field: ids[owner] for field, owner in described[TOKENS].items()}
     dataset.user_feat = dataset.item_feat = None
     for name, fields in described["features"].items():
         setattr(dataset, name, Interaction({field: torch.from_numpy(arrays[f"{name}/{field}"]) for field in fields}))
@@ -181,9 +191,3 @@ def restore(dataset: Any, described: dict[str, Any], arrays: dict[str, np.ndarra
         dataset.time_rank = torch.from_numpy(arrays["time_rank"])
     dataset._init_alias()
     dataset.feat_name_list = dataset._build_feat_name_list()
-
-
-def ids_of(tokens: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
-    """RecBole's field2token_id: field -> token -> id."""
-    spaces = {id(array): {token: index for index, token in enumerate(array)} for array in tokens.values()}
-    return {field: spaces[id(array)] for field, array in tokens.items()}

@@ -259,6 +259,10 @@ class DryRun:
     def memory(self, loss_type: str, rows: int, num_negatives: int) -> Memory:
         """Memory of a step of so many rows."""
         model, n, live = self.model, rows * self.shape.length, LiveBytes()
+        shape = self.shape
+        widest = max(shape.items + 1, shape.inner, shape.heads * shape.length, num_negatives * shape.hidden)
+        if 8 * n * widest >= 2**62:  # more than torch counts, and than any memory
+            return Memory(KEPT * self.numbers, 2**62, 0)
         if loss_type in BUFFERS:
             model.loss = StandIn(BUFFERS[loss_type](n, num_negatives, self.shape))
         else:

@@ -1,12 +1,13 @@
-"""Files written whole or not at all: beside their place first, then renamed to it."""
+"""Files written whole or not at all: beside their place first, then renamed to it; folders that one process holds."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import os
+import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -66,3 +67,44 @@ def _new_part(file: Path) -> tuple[Path, BinaryIO, bool]:
         if os.fstat(stream.fileno()).st_nlink:  # nobody removed it before it was locked
             return part, stream, locked
         stream.close()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder until the end of the with-block, or of this process, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it; says which one.
+    """
+    if fcntl is None:
+        yield
+        return
+    file = folder / ".lock"
+    while True:
+        held = os.open(file, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(held, 1000).decode(errors="replace")
+            os.close(held)
+            raise BlockingIOError(holder or "another process") from None
+        except OSError:  # a file system without locks
+            break
+        if _is_at(held, file):
+            break
+        os.close(held)  # whoever held it removed it after it was opened here
+    os.truncate(held, 0)
+    os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(held)
+
+
+def _is_at(held: int, file: Path) -> bool:
+    """Whether an open file still stands where it was opened."""
+    try:
+        return os.path.samestat(os.fstat(held), file.stat())
+    except FileNotFoundError:
+        return False

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recbole_cce.ops import packed_attention, sequences
-from recbole_cce.ops.backend import kernel_unavailable
+from recbole_cce.ops.backend import before_ampere, kernel_unavailable
 
 try:
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10
@@ -203,6 +203,7 @@ def takes_variable_lengths(query: torch.Tensor, dropout: float) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16)
         and size % 8 == 0
         and size <= 256
+        and not before_ampere(query.device)
     )
 
 

@@ -40,7 +40,7 @@ def html_page(
         lines = [[one["name"], str(one["seed"]), one["state"], one.get("reason", "")] for one in troubles]
         parts += [
             "<h2>Runs without a result</h2>",
-            html_table([["model", "seed", "state", "last line of its log"], *lines]),
+            html_table([["model", "seed", "state", "reason"], *lines]),
         ]
     parts += ["<h2>Settings</h2>", *html_settings(results)]
     body = "\n".join(parts)

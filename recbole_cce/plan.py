@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from recbole_cce import settings
 from recbole_cce.dry_run import DryRun, Memory, Shape
+from recbole_cce.errors import UserError
 from recbole_cce.losses import LOSSES, SampledLoss
 from recbole_cce.out_of_memory import GIB, USABLE
 
@@ -46,18 +47,18 @@ def plan(
         batch_size, negatives: rows of a step and num_negatives; proposed if None.
 
     Raises:
-        ValueError: hidden is no multiple of heads; too many negatives; no loss fits.
+        UserError: hidden is no multiple of heads; too many negatives; no loss fits.
     """
     if hidden % heads:
-        raise ValueError(f"--hidden: {hidden} is not valid with --heads={heads}; it takes a multiple of the heads")
+        raise UserError(f"--hidden: {hidden} is not valid with --heads={heads}; it takes a multiple of the heads")
     if negatives is not None and not settings.KEYS["num_negatives"].accepts(negatives):
-        raise ValueError(f"--negatives: {negatives} is not valid; it takes {settings.KEYS['num_negatives'].valid}")
+        raise UserError(f"--negatives: {negatives} is not valid; it takes {settings.KEYS['num_negatives'].valid}")
     shape = Shape(items, length, hidden, layers, heads, inner)
     budget = int(USABLE * gpu_memory * GIB)
     found = steps(shape, budget, batch_size, negatives)
     if all(step.memory.peak > budget for step in found) and (batch_size is None or negatives is None):
         least = min(found, key=lambda step: step.memory.peak)
-        raise ValueError(
+        raise UserError(
             f"--gpu-memory: {gpu_memory:g} GiB are too few for --items={items} --length={length} --hidden={hidden}: "
             f"of {USABLE * gpu_memory:.2f} GiB that a step may take, {least.loss_type} takes "
             f"{least.memory.peak / GIB:.2f} at a batch size of {least.rows}"

@@ -17,11 +17,12 @@ import recbole.quick_start
 import recbole.quick_start.quick_start as recbole_quick_start
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
+from recbole.data import data_preparation
 from recbole.utils import get_model, init_logger, init_seed
 
-from recbole_cce import checkpoints, registry, saved_config
+from recbole_cce import checkpoints, checks, processes, registry, saved_config, saved_data
 
+_run = recbole_quick_start.run
 _run_recboles = recbole_quick_start.run_recboles
 _get_trainer = recbole_quick_start.get_trainer
 
@@ -60,6 +61,19 @@ def configuration(model: str, dataset: str, files: list[str], settings: dict[str
     return Config(model, dataset, config_files(model, dataset, files), settings)
 
 
+def run_together(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+    """RecBole's run; its processes end together, with one error that names the rank.
+
+    Raises:
+        RankFailed, UserError: see processes.launch().
+    """
+    spawn, torch.multiprocessing.spawn = torch.multiprocessing.spawn, processes.launch
+    try:
+        return _run(*args, **kwargs)
+    finally:
+        torch.multiprocessing.spawn = spawn
+
+
 def run_recboles(rank: int, *args: Any) -> None:
     """RecBole's spawn worker. Unpickling it imports recbole_cce, so the models exist in the worker too."""
     share_threads(args[-1]["config_dict"]["nproc"])
@@ -76,6 +90,12 @@ def share_threads(processes: int) -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
+def create_dataset(config: Config) -> Any:
+    """RecBole's, for its entry points alone: they go on to train, and valid_metric must be computed."""
+    checks.check_valid_metric(config)
+    return saved_data.create_dataset(config)
 
 
 def get_trainer(model_type: Any, model_name: str) -> Callable[..., Any]:
@@ -114,7 +134,7 @@ def data_and_model(state: dict[str, Any]) -> tuple[Any, ...]:
     init_logger(config)
     getLogger().info(config)
     init_seed(config["seed"], config["reproducibility"])
-    dataset = create_dataset(config)
+    dataset = saved_data.create_dataset(config)
     getLogger().info(dataset)
     loaders = data_preparation(config, dataset)
     init_seed(config["seed"], config["reproducibility"])
@@ -126,6 +146,8 @@ def data_and_model(state: dict[str, Any]) -> tuple[Any, ...]:
 
 def install() -> None:
     """Put the functions above where RecBole's entry points look them up, and its users import them from."""
+    recbole_quick_start.run = recbole.quick_start.run = run_together
     recbole_quick_start.run_recboles = run_recboles  # mp.spawn pickles its target by reference
+    recbole_quick_start.create_dataset = create_dataset
     recbole_quick_start.get_trainer = get_trainer
     recbole_quick_start.load_data_and_model = recbole.quick_start.load_data_and_model = load_data_and_model

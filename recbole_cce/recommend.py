@@ -36,6 +36,8 @@ def recommend(
     The columns of `output` are user, item (external tokens), rank (from 1) and score. Users come in the order of
     `users`, or of the data set's ids. Rows are written as they are computed, and the file appears when it is complete.
 
+    Users without an interaction, whom a file of users names, get no list; a warning counts them.
+
     Args:
         checkpoint: file that training has saved; the data set is read as its configuration says.
         output: path of a .csv or a .parquet file, which takes pyarrow.
@@ -45,16 +47,18 @@ def recommend(
         trust_checkpoint: as of load_data_and_model().
 
     Raises:
-        ValueError: a wrong option, an unknown user, a checkpoint of a model that is not of this package.
+        UserError: a wrong option, an unknown user, no user with an interaction, a checkpoint of a model that is not of
+            this package.
     """
     suffix = Path(output).suffix
     if suffix not in FORMATS:
-        raise ValueError(f"--output: {output!r} is not valid; it takes a file that ends in {' or '.join(FORMATS)}")
+        raise UserError(f"--output: {output!r} is not valid; it takes a file that ends in {' or '.join(FORMATS)}")
     tokens = None if users is None else read_tokens(users)
     config, model, dataset = load(checkpoint, trust_checkpoint)
     if not 1 <= k < model.n_items:
-        raise ValueError(f"--k: {k} is not valid; it takes 1 to {model.n_items - 1}, the number of items")
+        raise UserError(f"--k: {k} is not valid; it takes 1 to {model.n_items - 1}, the number of items")
     ids = torch.arange(1, dataset.user_num) if tokens is None else user_ids(dataset, tokens, users)
+    ids = with_history(dataset, ids)
     tables = recommendations(model, dataset, ids, k, exclude_seen, config)
     write_whole(Path(output), lambda file: WRITERS[suffix](file, tables))
     getLogger().info(f"{k} items for each of {len(ids)} users: {output}")
@@ -66,7 +70,7 @@ def export(checkpoint: str, output: str, trust_checkpoint: bool = False) -> None
     A user's scores are the inner products of the model's user vector with these.
 
     Raises:
-        ValueError: as recommend().
+        UserError: as recommend().
     """
     _, model, dataset = load(checkpoint, trust_checkpoint)
     vectors = model.item_embedding.weight.detach()[1:].float().cpu().numpy()
@@ -92,7 +96,7 @@ def load(checkpoint: str, trust: bool) -> tuple[Any, nn.Module, LeanSequentialDa
 def read_tokens(file: str) -> list[str]:
     """The lines of a file."""
     if not Path(file).is_file():
-        raise ValueError(f"--users: there is no file {file!r}")
+        raise UserError(f"--users: there is no file {file!r}")
     return Path(file).read_text(encoding="utf-8").splitlines()
 
 
@@ -101,11 +105,21 @@ def user_ids(dataset: LeanSequentialDataset, tokens: list[str], file: str) -> to
     known = dataset.field2token_id[dataset.uid_field]
     unknown = [token for token in tokens if token not in known or known[token] == 0]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--users: {len(unknown)} of the {len(tokens)} users of {file!r} are not in {dataset.dataset_name} as the "
             f"checkpoint's settings filter it, the first is {unknown[0]!r}"
         )
     return torch.tensor([known[token] for token in tokens], dtype=torch.int64)
+
+
+def with_history(dataset: LeanSequentialDataset, users: torch.Tensor) -> torch.Tensor:
+    """Those of `users` [U] who have an interaction."""
+    left = users[dataset.history_lengths(users) > 0]
+    if len(left) == 0:
+        raise UserError(f"--users: none of the {len(users)} users has an interaction in {dataset.dataset_name}")
+    if len(left) < len(users):
+        getLogger().warning(f"{len(users) - len(left)} of {len(users)} users have no interaction: they get no list")
+    return left
 
 
 @torch.no_grad()
@@ -118,8 +132,9 @@ def recommendations(
     progress = tqdm(batches, ncols=100, desc=set_color("Recommend", "pink"), disable=not config["show_progress"])
     for batch in progress:
         rows = dataset.latest(batch)
-        seen = dataset.seen(rows) if exclude_seen else None
-        scores, items = (part.cpu() for part in top_items(model, rows, k, config["eval_chunk_items"], seen))
+        history = dataset.history(rows)
+        top = top_items(model, rows, k, config["eval_chunk_items"], history, exclude_seen)
+        scores, items = (part.cpu() for part in top)
         left = scores > -torch.inf
         row, rank = left.nonzero(as_tuple=True)
         yield pd.DataFrame(
@@ -144,9 +159,7 @@ def write_parquet(file: BinaryIO, tables: Iterator[pd.DataFrame]) -> None:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(
-            "--output: a .parquet file takes pyarrow: pip install pyarrow; a .csv file does not"
-        ) from error
+        raise UserError("--output: a .parquet file takes pyarrow: pip install pyarrow; a .csv file does not") from error
     names = {"user": pyarrow.string(), "item": pyarrow.string(), "rank": pyarrow.int32(), "score": pyarrow.float32()}
     schema = pyarrow.schema(names.items())
     with parquet.ParquetWriter(file, schema) as writer:

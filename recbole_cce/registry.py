@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import recbole
 import recbole.data.dataset
 import recbole.trainer
-import yaml
 from recbole.config import Config
 from recbole.model.abstract_recommender import SequentialRecommender
 
-from recbole_cce import settings
+from recbole_cce.config_sources import read_yaml as read_yaml
 from recbole_cce.data import LeanSequentialDataset
+from recbole_cce.errors import UserError
+from recbole_cce.models.cooccurrence import Cooccurrence, CooccurrenceTrainer
 from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE
 from recbole_cce.trainer import EfficientTrainer
 
@@ -50,22 +50,22 @@ def register_model(
         `cls`, so that it works as a decorator.
 
     Raises:
-        ValueError: RecBole, or an earlier call, already has a model of that name; no other process could import
+        UserError: RecBole, or an earlier call, already has a model of that name; no other process could import
             the class; there is no file of defaults.
     """
     name = cls.__name__
     if cls.__module__ == "__main__":
-        raise ValueError(f"model {name!r} is defined in the main script: move it to a module that can be imported")
+        raise UserError(f"model {name!r} is defined in the main script: move it to a module that can be imported")
     alias = f"recbole.model.sequential_recommender.{name.lower()}"
     taken = [str(file) for file in Path(recbole.__file__).parent.glob(f"model/*_recommender/{name.lower()}.py")]
     taken += [alias] if alias in sys.modules else []
     for package, attribute in ((recbole.data.dataset, f"{name}Dataset"), (recbole.trainer, f"{name}Trainer")):
         taken += [f"{package.__name__}.{attribute}"] if hasattr(package, attribute) else []
     if taken:
-        raise ValueError(f"model name {name!r} is taken: {taken[0]} exists; choose another class name")
+        raise UserError(f"model name {name!r} is taken: {taken[0]} exists; choose another class name")
     defaults = Path(defaults) if defaults else PROPERTIES / "model" / f"{name}.yaml"
     if not defaults.is_file():
-        raise ValueError(f"defaults: there is no file {str(defaults)!r} with the defaults of {name}")
+        raise UserError(f"defaults: there is no file {str(defaults)!r} with the defaults of {name}")
     sys.modules[alias] = sys.modules[cls.__module__]
     setattr(recbole.data.dataset, f"{name}Dataset", dataset)
     setattr(recbole.trainer, f"{name}Trainer", trainer)
@@ -90,7 +90,6 @@ def load_internal_config_dict(self: Config, model: str, model_class: type, datas
     for path in (MODELS[model], dataset_defaults(dataset)):
         if path is not None:
             self._update_internal_config_dict(path)
-    settings.validate({**self.internal_config_dict, **self.external_config_dict})
 
 
 def register_builtin() -> None:
@@ -98,9 +97,4 @@ def register_builtin() -> None:
     Config._load_internal_config_dict = load_internal_config_dict
     for model in (SASRecCCE, SASRecSCE):
         register_model(model)
-
-
-def read_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML file as RecBole reads it (1e-3 is a number)."""
-    loader = Config._build_yaml_loader(None)
-    return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=loader) or {}
+    register_model(Cooccurrence, trainer=CooccurrenceTrainer)

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from recbole_cce import figures
+from recbole_cce.errors import UserError
 from recbole_cce.files import write_whole
 from recbole_cce.page import html_page
 from recbole_cce.trial import Trial
@@ -58,7 +59,7 @@ def write(output: Path, trials: list[Trial], metric: str, command: str) -> None:
     """Print the table and write table.csv, table.md, table.tex, the figures and report.html.
 
     Raises:
-        ValueError: matplotlib is missing; all but the figures is there then.
+        UserError: matplotlib is missing; all but the figures is there then.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -82,7 +83,7 @@ def write(output: Path, trials: list[Trial], metric: str, command: str) -> None:
     write_text(output / "report.html", html_page(texts(rows), notes, images, results, command))
     print(f"{output}: {', '.join([*forms, *(f'{name}.png' for name in images), 'report.html'])}")
     if missing:
-        raise ValueError(
+        raise UserError(
             "the figures take matplotlib: pip install matplotlib; tables and page are there without them, and the same "
             "command adds them, without repeating a run"
         ) from missing

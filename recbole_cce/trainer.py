@@ -23,12 +23,12 @@ from torch import distributed, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_cce import checkpoints, interrupts, out_of_memory
+from recbole_cce import checkpoints, interrupts, out_of_memory, repeats
 from recbole_cce.compat import checkpoint_state, share_file_name
 from recbole_cce.cuda_graph import GraphedStep, on_device
 from recbole_cce.data import RESIDENT_SHARE, ROW_NUMBER, LeanSequentialDataset, Places
 from recbole_cce.errors import UserError
-from recbole_cce.evaluation import TopK, auto_chunk_items, top_items
+from recbole_cce.evaluation import TopK, auto_chunk_items, top_items, user_vectors
 from recbole_cce.layers import packs
 from recbole_cce.ops.backend import triton_unavailable
 
@@ -59,11 +59,11 @@ class EfficientTrainer(Trainer):
         super().__init__(config, model)
         needed = self.eval_collector.register.need
         if max(config["topk"]) >= model.n_items and (needed("rec.items") or needed("rec.topk")):
-            raise ValueError(
+            raise UserError(
                 f"topk: {config['topk']} is not valid; it takes at most {model.n_items - 1}, the number of items"
             )
         if config["exclude_seen"] and self.eval_collector.needs_scores():
-            raise ValueError(
+            raise UserError(
                 "exclude_seen: True is not valid with metrics: GAUC, which looks at the scores of all items"
             )
         self.amp_dtype = autocast_dtype(config["amp_dtype"], self.device, config["enable_amp"])
@@ -74,8 +74,8 @@ class EfficientTrainer(Trainer):
         if self.distributed:
             # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
             self.distributed_model.broadcast_buffers = False
+        self.prepared_for: tuple[Any, Callable] | None = None  # loader and loss that the next four belong to
         self.graphed_step: GraphedStep | None = None
-        self.trained: LeanSequentialDataset | None = None  # what the next three belong to
         self.n_targets = 0
         self.resident: LeanSequentialDataset | None = None  # makes batches on the GPU
         self.sizes: torch.Tensor | None = None  # of the rows of the training data, on the CPU
@@ -102,7 +102,7 @@ class EfficientTrainer(Trainer):
         if betas is not None:
             for group in optimizer.param_groups:
                 if "betas" not in group:
-                    raise ValueError(f"adam_betas: {betas} is not for learner: {self.learner}; adam and adamw take it")
+                    raise UserError(f"adam_betas: {betas} is not for learner: {self.learner}; adam and adamw take it")
                 group["betas"] = tuple(betas)
         return optimizer
 
@@ -117,14 +117,14 @@ class EfficientTrainer(Trainer):
 
         Raises:
             torch.OutOfMemoryError: says which settings to lower, and to what.
-            ValueError: a loss was NaN; names the first such step. The last checkpoint is from before.
+            UserError: a loss was NaN; names the first such step. The last checkpoint is from before.
         """
         self._save_last()  # the epoch before: only now its validation is over
         self.model.train()
         loss_func = loss_func or self.model.calculate_loss
         if self.distributed and train_data.shuffle:
             train_data.sampler.set_epoch(epoch_idx)
-        self._make_resident(train_data)
+        self._prepare(train_data, loss_func)
         progress = tqdm(
             self._batches(train_data),
             total=len(train_data),
@@ -133,8 +133,6 @@ class EfficientTrainer(Trainer):
             disable=not show_progress,
         )
         self.model.compiled = self._wants_compile(train_data)
-        if self.graphed_step is None and self._wants_graph(train_data):
-            self.graphed_step = self._make_graphed_step(train_data, loss_func)
         losses = []
         for interaction in progress:
             places = self._places(train_data, interaction)
@@ -149,7 +147,7 @@ class EfficientTrainer(Trainer):
         losses = torch.stack(losses).double().cpu()
         if losses.isnan().any():
             step = int(losses.isnan().nonzero()[0])
-            raise ValueError(f"training loss is nan in epoch {epoch_idx}, first at step {step} of {len(losses)}")
+            raise UserError(f"training loss is nan in epoch {epoch_idx}, first at step {step} of {len(losses)}")
         for name, value in self.model.loss.statistics().items():
             self.logger.info(
                 set_color(f"epoch {epoch_idx} {self.model.loss_type}", "green")
@@ -205,15 +203,23 @@ class EfficientTrainer(Trainer):
         self.scaler.scale(with_hook).backward()
         return loss.detach()
 
+    def _prepare(self, train_data: Any, loss_func: Callable[[Interaction], torch.Tensor]) -> None:
+        """Decide how steps are made, where the loader or the loss are not those of the epoch before."""
+        if self.prepared_for == (train_data, loss_func):
+            return
+        self.prepared_for = self.graphed_step = None  # a graph reads the table that is freed next
+        self._make_resident(train_data)
+        if self._wants_graph(train_data):
+            self.graphed_step = self._make_graphed_step(train_data, loss_func)
+        self.prepared_for = train_data, loss_func
+
     def _make_resident(self, train_data: Any) -> None:
         """Count the training data; put them into the memory of the GPU, where batches are then made, if they fit well.
 
         A data set of one's own that makes its rows in another way, and worker processes, make them on the CPU.
         """
         data = train_data.dataset
-        if self.trained is data:
-            return
-        self.trained, self.n_targets = data, data.n_targets
+        self.n_targets = data.n_targets
         self.resident = self.sizes = None
         if type(data).__getitem__ is LeanSequentialDataset.__getitem__:
             self.sizes = data.sizes()
@@ -243,11 +249,11 @@ class EfficientTrainer(Trainer):
         that saves. RecBole stops early, so that of the epochs asked for a tenth is expected.
 
         Raises:
-            ValueError: it is True with RecBole's own layers.
+            UserError: it is True with RecBole's own layers.
         """
         wanted, attention = self.config["compile_encoder"], self.config["attention"]
         if wanted is True and attention == "recbole":
-            raise ValueError("compile_encoder: True is not valid with attention: recbole; it takes auto or False there")
+            raise UserError("compile_encoder: True is not valid with attention: recbole; it takes auto or False there")
         if wanted != "auto":
             return wanted is True
         if attention == "recbole" or self.device.type != "cuda" or triton_unavailable(self.device) is not None:
@@ -263,7 +269,7 @@ class EfficientTrainer(Trainer):
         """What `cuda_graph` means here.
 
         Raises:
-            ValueError: it is True where a step cannot be captured.
+            UserError: it is True where a step cannot be captured.
         """
         wanted = self.config["cuda_graph"]
         obstacles = {
@@ -273,7 +279,7 @@ class EfficientTrainer(Trainer):
         }
         for obstacle, present in obstacles.items():
             if present and wanted is True:
-                raise ValueError(f"cuda_graph: True is not valid {obstacle}; it takes auto or False there")
+                raise UserError(f"cuda_graph: True is not valid {obstacle}; it takes auto or False there")
         if wanted is False or any(obstacles.values()):
             return False
         rows = min(train_data.batch_size, len(train_data.dataset))
@@ -306,7 +312,6 @@ class EfficientTrainer(Trainer):
         self.saves, self.signal = saved, None
         self.train_generator = train_data.generator
         if self.distributed:
-            torch.manual_seed(self.config["seed"] + distributed.get_rank())  # RecBole's local_rank is not unique
             share_file_name(self)
         if self.resumed is not None:
             self._resume_random_state(self.resumed["random_states"] or [])
@@ -346,7 +351,26 @@ class EfficientTrainer(Trainer):
                 "goes on with others"
             )
 
+    @torch.no_grad()
+    def _fit_repeats(self, limit: int) -> None:
+        """Fit the model's `repeat_bias` to `limit` training targets, in the mode in which their loss was made small.
+
+        Without dropout a model is surer of itself, and its numbers would answer that too.
+        """
+        if self.config["repeat_bias"] == "none" or self.config["exclude_seen"] or self.prepared_for is None:
+            return
+        data = self.prepared_for[0].dataset
+        self.model.train()
+        rows = data.some_targets(limit)
+        target = rows[data.iid_field].to(self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config["seed"])
+            vectors = user_vectors(self.model, rows)
+        self.model.repeat_bias = repeats.fit(self.model, vectors, target, data.history(rows))
+        self.logger.info(set_color("own items", "blue") + f": {repeats.described(self.model.repeat_bias)}")
+
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
+        self._fit_repeats(min(repeats.ROWS, valid_data.sample_size))  # takes as long as the validation at most
         score, result = super()._valid_epoch(valid_data, show_progress)
         # RecBole saves a checkpoint when this result is the best, before it calls it so
         self.valid_result = result.copy()
@@ -525,8 +549,16 @@ class EfficientTrainer(Trainer):
         if self.eval_collector.needs_scores():
             return super()._full_sort_batch_eval(batched_data)
         interaction, _, positive_u, positive_i = batched_data
-        seen = self.evaluated.seen(interaction) if self.config["exclude_seen"] else None
-        _, items = top_items(self.model, interaction, max(self.config["topk"]), self.config["eval_chunk_items"], seen)
+        exclude_seen = self.config["exclude_seen"]
+        with_history = exclude_seen or self.config["repeat_bias"] != "none"
+        _, items = top_items(
+            self.model,
+            interaction,
+            max(self.config["topk"]),
+            self.config["eval_chunk_items"],
+            self.evaluated.history(interaction) if with_history else None,
+            exclude_seen,
+        )
         return interaction, TopK(items), positive_u, positive_i
 
 

@@ -31,7 +31,14 @@ from recbole.quick_start import quick_start as recbole_quick_start
 
 import recbole_cce
 from recbole_cce import quick_start, registry
+from recbole_cce.errors import UserError, reason
 from recbole_cce.files import write_whole
+from recbole_cce.processes import end_with_parent
+
+# what result.json holds and what it is, in every state and where the run was tested
+KEYS = {"name": str, "seed": int, "state": str, "curve": list, "parallel": int}
+KEYS_OF_POINT = {"epoch": int, "best": bool, "score": float, "valid": dict, "train_seconds": float, "seconds": float}
+KEYS_OF_TESTED = {"test": dict, "parameters": int, "device": str, "versions": dict, "config": dict}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,27 @@ class Trial:
         """The result so far; its `state` says how far that is."""
         file = Path(self.folder) / "result.json"
         return json.loads(file.read_text()) if file.exists() else asdict(self) | {"state": "not started", "curve": []}
+
+    def damage(self) -> str | None:
+        """What is wrong with the files of this run, so that it must be repeated; None where nothing is."""
+        file = Path(self.folder) / "result.json"
+        if not file.exists():
+            return None
+        try:
+            result = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return f"{file} is damaged ({error})"
+        if not has(result, KEYS) or not all(has(point, KEYS_OF_POINT) for point in result["curve"]):
+            return f"{file} is damaged (what a run writes is not in it)"
+        if "test" not in result:
+            return None
+        if not has(result, KEYS_OF_TESTED):
+            return f"{file} is damaged (what a tested run writes is not in it)"
+        try:
+            lengths = {len(values) for values in self.users().values()} if "test_split" in result else set()
+        except Exception as error:  # zipfile and NumPy have another one for each byte that may be wrong
+            return f"{Path(self.folder) / 'users.npz'} is damaged ({reason(error)})"
+        return None if len(lengths) <= 1 else f"{Path(self.folder) / 'users.npz'} is damaged (lengths differ)"
 
     def save(self, result: dict[str, Any]) -> None:
         """Write the result whole or not at all: a process may be killed at any time."""
@@ -83,17 +111,21 @@ def run(trial: Trial, stop_at: float, parallel: int, share: int) -> None:
     """
     if not multiprocessing.parent_process().is_alive():
         return  # the command was killed while this process imported torch, and may be there again
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()  # which may be there again and start it anew
     log = os.open(Path(trial.folder) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = sys.argv[:1]  # RecBole's Config looks for keys there
     quick_start.share_threads(parallel)
-    for module in trial.modules:
-        importlib.import_module(module)
-    if trial.model not in registry.MODELS:
-        order_exactly()
-    train_and_test(Watch(trial, stop_at, share))
+    try:
+        for module in trial.modules:
+            importlib.import_module(module)
+        if trial.model not in registry.MODELS:
+            order_exactly()
+        train_and_test(Watch(trial, stop_at, share))
+    except Exception as error:
+        trial.save(trial.result() | {"state": "failed", "reason": reason(error)})
+        raise
 
 
 def train_and_test(watch: Watch) -> None:
@@ -133,12 +165,6 @@ def order_exactly() -> None:
         return splits
 
     Dataset._change_feat_format, Dataset.build = with_exact_time, build_and_cast
-
-
-def end_with_parent() -> None:
-    """End this process with the command that started it, which may be there again and start this run anew."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 class Watch:
@@ -187,7 +213,7 @@ class Watch:
     def fit(self, fit: Callable, train_data: Any, valid_data: Any = None, **kwargs: Any) -> Any:
         """RecBole's fit, ended where the time is up."""
         if not valid_data:
-            raise ValueError("eval_args: a comparison needs a validation split, which says what epoch is the best")
+            raise UserError("eval_args: a comparison needs a validation split, which says what epoch is the best")
         self.fit_begun = time.time()
         self.result |= {"data_seconds": self.fit_begun - self.begun, "train_batches": len(train_data)}
         try:
@@ -281,6 +307,11 @@ class Watch:
         pairs = pairs[:, np.lexsort(pairs)]
         digest = hashlib.sha256(np.ascontiguousarray(pairs).tobytes()).hexdigest()[:16]
         self.result |= {"test_users": len(users), "test_interactions": pairs.shape[1], "test_split": digest}
+
+
+def has(found: Any, keys: dict[str, type]) -> bool:
+    """Whether an object that JSON held has these keys, with values of these types."""
+    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in keys.items())
 
 
 def plain(value: Any) -> Any:

@@ -14,6 +14,8 @@ from recbole.config import Config
 from recbole.utils import argument_list
 
 from recbole_cce import checks, registry
+from recbole_cce.config_sources import read_yaml
+from recbole_cce.errors import UserError
 from recbole_cce.losses import LOSSES
 
 
@@ -33,35 +35,33 @@ def parse_variants(models: str, texts: list[str]) -> list[Variant]:
         name, _, definition = text.partition("=")
         model, *pairs = re.split(r",(?=\w+=)", definition)
         if not (name and model) or "," in name or "=" in model:
-            raise ValueError(f"--variant: {text!r} is not valid; it takes NAME=MODEL,key=value,...")
+            raise UserError(f"--variant: {text!r} is not valid; it takes NAME=MODEL,key=value,...")
         settings = dict(pair.split("=", 1) for pair in pairs)
         variants.append(Variant(name, model, settings))
     if not variants:
-        raise ValueError("--models: '' is not valid; it takes names of models, separated by commas")
+        raise UserError("--models: '' is not valid; it takes names of models, separated by commas")
     for variant in variants:
         checks.check_model(variant.model, "--models" if variant.name == variant.model else "--variant")
         checks.check_flags([f"--{key}={value}" for key, value in variant.settings.items()], {}, variant.model)
         if "seed" in variant.settings:
-            raise ValueError(f"--variant: {variant.name!r} names a seed; --seeds has those of all models")
+            raise UserError(f"--variant: {variant.name!r} names a seed; --seeds has those of all models")
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(
-                f"--models: {name!r} is there twice; --variant=NAME={name},key=value gives it another name"
-            )
+            raise UserError(f"--models: {name!r} is there twice; --variant=NAME={name},key=value gives it another name")
     return variants
 
 
 def parse_flags(flags: list[str], in_files: dict[str, Any], models: list[str]) -> dict[str, str]:
     """RecBole's keys from --key=value."""
     checks.check_flags(flags, in_files, *models)
-    pairs = [flag[2:].split("=") for flag in flags]
+    pairs = [flag[2:].split("=", 1) for flag in flags]
     settings: dict[str, str] = {}
     for key, value in pairs:
         if key == "seed":
-            raise ValueError(f"--seed={value} is not an option of compare; --seeds has those of all models")
+            raise UserError(f"--seed={value} is not an option of compare; --seeds has those of all models")
         if key in settings:
-            raise ValueError(f"--{key} is there twice, as {settings[key]!r} and {value!r}")
+            raise UserError(f"--{key} is there twice, as {settings[key]!r} and {value!r}")
         settings[key] = value
     return settings
 
@@ -70,7 +70,7 @@ def parse_seeds(text: str) -> list[int]:
     """--seeds=2020,2021."""
     parts = text.split(",")
     if not all(re.fullmatch(r"\d{1,9}", part) for part in parts) or len(set(parts)) < len(parts):
-        raise ValueError(f"--seeds: {text!r} is not valid; it takes different integers >= 0, separated by commas")
+        raise UserError(f"--seeds: {text!r} is not valid; it takes different integers >= 0, separated by commas")
     return [int(part) for part in parts]
 
 
@@ -81,12 +81,12 @@ def parse_vary(texts: list[str], models: list[str]) -> dict[str, list[str]]:
         key, _, values = text.partition(":")
         parts = re.split(r",(?![^\[({]*[\])}])", values)
         if not key or not all(parts) or len(set(parts)) < len(parts):
-            raise ValueError(f"--vary: {text!r} is not valid; it takes key:value,value,... with different values")
+            raise UserError(f"--vary: {text!r} is not valid; it takes key:value,value,... with different values")
         known = set().union(*map(checks.known_keys, models)) - {"seed"}
         if key not in known:
-            raise ValueError(f"--vary: there is no key {key!r}{checks.nearest(key, known)}")
+            raise UserError(f"--vary: there is no key {key!r}{checks.nearest(key, known)}")
         if key in varied:
-            raise ValueError(f"--vary: {key} is there twice; it takes all its values at once")
+            raise UserError(f"--vary: {key} is there twice; it takes all its values at once")
         varied[key] = parts
     return varied
 
@@ -112,7 +112,7 @@ def reads(config: Config, key: str) -> bool:
         return key in keys_of_loss(loss)
     own = registry.MODELS.get(model, package / "model" / f"{model}.yaml")
     files = [file for file in (own, package / "overall.yaml", package / "dataset" / "sample.yaml") if file.is_file()]
-    return key in argument_list.training_arguments or any(key in registry.read_yaml(file) for file in files)
+    return key in argument_list.training_arguments or any(key in read_yaml(file) for file in files)
 
 
 def keys_of_loss(loss: type) -> set[str]:

@@ -40,7 +40,7 @@ from recbole.utils import enum_type
 from recbole_cce import checkpoints, cli, files, saved_config
 from recbole_cce import trainer as trainer_module
 from recbole_cce.models import sasrec
-from tests.build import experiment
+from tests.build import configure, experiment
 from tests.process import SCRIPT, python, python_path
 from tests.test_compat import STOCK
 
@@ -269,24 +269,23 @@ def test_the_last_epoch_without_the_best(settings):
             {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"}},
             r"eval_args \{.*\}, not of",
         ),
-        ({"own_key": [1, 2]}, r"own_key \(1, 3\), not of \[1, 2\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_other_settings(settings, monkeypatch, other, message):
-    own = {"own_key": (1, 3)} if "own_key" in other else {}
-    run = experiment("SASRecCCE", {**settings, **own, "epochs": 1})
+def test_other_settings(settings, other, message):
+    run = experiment("SASRecCCE", {**settings, "epochs": 1})
     fit(run)
     file = run.trainer.saved_model_file
     with pytest.raises(ValueError, match=f"{file} is a checkpoint of {message}"):
-        experiment("SASRecCCE", {**settings, **own, **other}).trainer.resume_checkpoint(file)
+        experiment("SASRecCCE", {**settings, **other}).trainer.resume_checkpoint(file)
 
 
 def test_settings_that_hold_from_the_next_epoch_on(settings):
     run = experiment("SASRecCCE", {**settings, "epochs": 1})
     fit(run)
     other = {"learning_rate": 0.5, "weight_decay": 0.25, "adam_betas": (0.5, 0.75), "train_batch_size": 7, "topk": 10}
-    other |= {"hidden_dropout_prob": 0.25, "num_negatives": 3, "eval_batch_size": 9, "own_key": 1, "epochs": 2}
+    other |= {"hidden_dropout_prob": 0.25, "num_negatives": 3, "eval_batch_size": 9, "epochs": 2}
+    other |= {"load_col": {"inter": ("user_id", "item_id", "timestamp")}}  # the same
     again = experiment("SASRecCCE", {**settings, **other})
     again.trainer.resume_checkpoint(run.trainer.saved_model_file)
     (group,) = again.trainer.optimizer.param_groups
@@ -780,7 +779,7 @@ def test_no_call_is_made():
         with pytest.raises(ValueError, match="--trust-checkpoint"):
             checkpoints.read("attack.pth")
     assert not Path("attacked").exists()
-    for name in ("a configuration", "eval", "exec", "mkdir", "system"):
+    for name in ("eval", "exec", "mkdir", "system"):
         attack(DANGEROUS[name])
         with contextlib.suppress(TypeError):  # of what is no checkpoint
             checkpoints.read("attack.pth", trust=True)
@@ -847,38 +846,43 @@ def test_names_in_a_configuration_are_of_what_there_is(settings, values, message
 
 
 def test_a_configuration_is_what_it_was(settings):
-    values = {"adam_betas": (0.9, 0.98), "numbers": {"a": [1, 2.5, None, True], 3: "[1, 2]"}, "scalar": np.float64(0.5)}
-    config = experiment("SASRecCCE", {**settings, **values}).config
+    config = configure("SASRecCCE", {**settings, "adam_betas": (0.9, 0.98)})
+    config["numbers"] = {"a": [1, 2.5, None, True], 3: "[1, 2]"}
+    config["scalar"] = np.float64(0.5)
     assert saved_config.rebuilt(saved_config.kept(config)).final_config_dict == config.final_config_dict
 
 
-@pytest.mark.parametrize("value", [datetime.date(2024, 5, 1), {"a": [{1}]}, b"x", np.ones(2), print])
+@pytest.mark.parametrize("value", [datetime.date(2024, 5, 1), {"a": [{1}]}, b"x", np.ones(2), print], ids=repr)
 def test_a_configuration_that_cannot_be_kept(settings, value):
     """Refused before training."""
-    with pytest.raises(ValueError, match=r"launched: .* is a \w+, which a checkpoint cannot hold; it takes None, bool"):
-        experiment("SASRecCCE", {**settings, "launched": value})
+    run = experiment("SASRecCCE", settings)
+    run.config["launched"] = value
+    for make in (lambda: type(run.trainer)(run.config, run.model), lambda: Trainer(run.config, run.model)):
+        with pytest.raises(
+            ValueError, match=r"launched: .* is a \w+, which a checkpoint cannot hold; it takes None, b"
+        ):
+            make()
 
 
 # Data that RecBole pickles
 
 
-@pytest.mark.parametrize(
-    "file", ["tiny-LeanSequentialDataset.pth", "tiny-for-SASRecCCE-dataloader.pth", "tiny-SequentialDataset.pth"]
-)
-def test_data_of_the_right_name_is_left_alone(settings, file, caplog):
+@pytest.mark.parametrize("model", ["SASRecCCE", "SASRec"])
+@pytest.mark.parametrize("file", ["LeanSequentialDataset", "SequentialDataset", "for-{}-dataloader"])
+def test_data_of_the_right_name_is_left_alone(settings, model, file, caplog):
     """And made anew."""
-    model = "SASRec" if "-Seq" in file else "SASRecCCE"
     os.mkdir("saved")
-    Path("saved", file).write_bytes(pickle.dumps(DANGEROUS["mkdir"]))
+    Path("saved", f"tiny-{file.format(model)}.pth").write_bytes(pickle.dumps(DANGEROUS["mkdir"]))
     run = experiment(model, settings)
     assert run.train.dataset.user_num == 41 and not Path("attacked").exists()
-    assert ("--trust-checkpoint reads the file" in caplog.text) == ("loader" not in file)
+    would_be_used = (model, file) == ("SASRec", "SequentialDataset")
+    assert ("--trust-checkpoint reads the file" in caplog.text) == would_be_used
 
 
 @pytest.mark.parametrize("key", ["dataset_save_path", "dataloaders_save_path"])
 def test_data_is_unpickled_if_trusted(settings, monkeypatch, capsys, key):
     Path("data.pth").write_bytes(pickle.dumps(DANGEROUS["mkdir"]))
-    flags = ["run_recbole_cce.py", *FLAGS, f"--{key}=data.pth"]
+    flags = ["run_recbole_cce.py", "--model=SASRec", *FLAGS, f"--{key}=data.pth"]
     monkeypatch.setattr(sys, "argv", [*flags])
     with pytest.raises(SystemExit):
         cli.main()

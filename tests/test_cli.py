@@ -6,6 +6,7 @@ import functools
 import http.server
 import os
 import re
+import socket
 import sys
 import threading
 import zipfile
@@ -20,6 +21,7 @@ from recbole.config import Config
 from recbole.utils import url
 
 from recbole_cce import checks, cli, compat, evaluation, quick_start, registry, settings
+from recbole_cce.ops import linear_cross_entropy
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python
 
@@ -140,15 +142,21 @@ def test_processes_of_several_machines(monkeypatch):
         ("--model=SASReC", r"--model: there is no model 'SASReC'; did you mean SASRec"),
         ("--model=SasrecCCEE", r"--model: there is no model 'SasrecCCEE'; did you mean SASRecCCE"),
         ("--model", r"argument --model: expected one argument"),
-        ("--nproc=two", r"argument --nproc: invalid int value: 'two'"),
+        ("--nproc=two", r"argument --nproc: 'two' is not valid; it takes an integer >= 1"),
+        ("--nproc=0", r"argument --nproc: '0' is not valid; it takes an integer >= 1"),
+        ("--world_size=0", r"--world_size: 0 is not valid; it takes at least nproc \+ group_offset, 1 \+ 0"),
+        ("--group_offset=-1", r"argument --group_offset: '-1' is not valid; it takes an integer >= 0"),
+        ("--port=80000", r"argument --port: '80000' is not valid; it takes an integer >= 1 and at most 65,535"),
+        ("--model=", r"--model: there is no model ''"),
+        ("--dataset=", r"--dataset: '' is not valid; it takes the name of a data set"),
         ("--nproc=2", r"--nproc=2 needs 2 GPUs, but gpu_id='' names [01]; use --gpu_id=0,1"),
         ("--epochs", r"'--epochs' is not understood; flags are written --key=value"),
         ("epochs=3", r"'epochs=3' is not understood; flags are written --key=value"),
         ("--loss_type=CCEE", r"loss_type: 'CCEE' is not valid; it takes one of CE, CCE, CCE-, CE-, SCE, BCE, gBCE"),
         ("--dataset=tyni", r"\[tyni\] a known dataset name"),
-        ("--metrics=['Recal']", r"There is no metric named 'Recal'"),
-        ("--topk=0", r"topk must be a positive integer"),
-        ("--topk=31", r"topk: \[31\] is not valid; it takes at most 30, the number of items"),
+        ("--metrics=['Recal']", r"metrics: 'Recal' is not valid; did you mean Recall.*; it takes names of AUC, "),
+        ("--topk=0", r"topk: 0 is not valid; it takes an integer >= 1"),
+        ("--topk=[10, 31]", r"topk: \[10, 31\] is not valid; it takes at most 30, the number of items"),
         ("--user_inter_num_interval=[99,inf)", r"no interaction of tiny is left .*user_inter_num_interval"),
         ("--learning_rate=1e-3e", r"learning_rate: '1e-3e' is not valid; it takes a number >= 0"),
         ("--learning_rate=1e30", r"training loss is nan"),
@@ -234,12 +242,63 @@ def test_one_line_for_a_wrong_value_of_each_key(mistake, key):
 
 def test_loss_of_ours_with_a_model_of_recbole(mistake):
     message = mistake("--model=SASRec", "--loss_type=CCE")
-    assert message.startswith("loss_type: 'CCE' is not valid for SASRec, RecBole's losses are CE and BPR; SASRecCCE")
+    assert message.startswith("loss_type: 'CCE' is not valid; it takes CE or BPR, RecBole's losses; SASRecCCE, ")
 
 
 def test_too_few_gpus(mistake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "needs 2 GPUs, but of gpu_id='0,1' this machine has 1" in mistake("--nproc=2", "--gpu_id=0,1")
+
+
+def test_a_port_that_is_taken(mistake):
+    with socket.create_server(("localhost", 0)) as other:
+        port = other.getsockname()[1]
+        assert mistake("--nproc=2", f"--port={port}") == f"--port: {port} is in use on localhost; choose another"
+    assert mistake("--nproc=2", "--ip=256.0.0.1").startswith("--ip: '256.0.0.1' is not valid; it takes the address of")
+
+
+@pytest.mark.parametrize("name", ["with space", "a=b", "2024", "1e3"])
+def test_names_of_files_and_folders(command, tmp_path, name):
+    """Spaces and equals signs, and numbers, which stay names."""
+    (tmp_path / "data").rename(tmp_path / name)
+    (tmp_path / f"{name}.yaml").write_text("hidden_size: 8\n")
+    command(f"--data_path={name}", f"--checkpoint_dir={name}/saved", files=f"tiny.yaml {name}.yaml")
+    (file,) = (tmp_path / name / "saved").glob("*.pth")
+    assert torch.load(file)["config"]["hidden_size"] == 8
+
+
+def test_a_file_of_comments_only(monkeypatch, command, tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    monkeypatch.setattr(quick_start, "run", lambda **arguments: runs.append(arguments["config_file_list"]))
+    runs = []
+    command(files="tiny.yaml empty.yaml")
+    assert runs == [["tiny.yaml", "empty.yaml"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["recommend", "--chekpoint=x", "--output=y.csv"],
+            "there is no option --chekpoint; did you mean --checkpoint?",
+        ),
+        (["export", "--checkpoint=x", "--ouput=y"], "there is no option --ouput; did you mean --output?"),
+        (["recommend", "--checkpoint=x", "y.csv", "--output=y.csv"], "'y.csv' is not understood; flags are written "),
+        (["recommend", "--checkpoint=x"], "the following arguments are required: --output"),
+        (["plan", "--item=10"], "there is no option --item; did you mean --items"),
+        (["compare", "--models=SASRec", "--output=o", "--epoch=3"], "there is no option --epoch; did you mean epochs"),
+        (["compare", "--models=SASRec", "--output=o", "--vary=epoch:1,2"], "--vary: there is no key 'epoch'; did you"),
+        (["compare", "--variant=a=SASRec,epoch=3", "--output=o"], "there is no option --epoch; did you mean epochs"),
+        (["compare", "--models=SASRec", "--output=o", "--dataset="], "--dataset: '' is not valid; it takes the name"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_line_for_a_mistake_in_a_command(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"run_recbole_cce.py: error: {message}")
 
 
 def test_a_flag_twice(mistake):
@@ -253,6 +312,12 @@ def test_a_flag_twice(mistake):
         ("a: [1, 2\nb: 3", r"--config_files: 'own\.yaml' is not YAML: .*line 2"),
         ("- 1\n- 2", r"--config_files: 'own\.yaml' holds no 'key: value' lines"),
         ("model: SASReck", r"--model: there is no model 'SASReck'; did you mean SASRec"),
+        ("model:", r"--model: there is no model None"),
+        ("loss_type:", r"loss_type: None is not valid; it takes one of CE, CCE"),
+        ("num_negative: 1", r"there is no key 'num_negative'; did you mean num_negatives"),
+        ("lossType: SCE", r"there is no key 'lossType'; did you mean loss_type"),
+        ("xyzzy: 1", r"there is no key 'xyzzy'$"),
+        ("1: 2", r"--config_files: 'own\.yaml' holds no 'key: value' lines"),
         ("n_buckets: many", r"n_buckets: 'many' is not valid; it takes an integer >= 1 or auto"),
     ],
 )
@@ -278,6 +343,7 @@ def test_a_mistake_in_a_fresh_process(tmp_path, tiny):
             RuntimeError,
             lambda: evaluation.chunked_topk(torch.ones(2, 3), torch.ones(4, 5), 1, 2),
         ),  # torch, called by us
+        (ValueError, lambda: linear_cross_entropy(torch.ones(2), torch.ones(2, 2), torch.ones(2))),  # a raise of ours
         (TypeError, lambda: evaluation.auto_chunk_items("many")),
         (ValueError, lambda: torch.optim.Adam([torch.zeros(1)], eps=-1.0)),  # a raise of torch
     ],

@@ -302,6 +302,7 @@ def test_out_of_memory_and_failures_are_rows(study):
     before = {file: file.stat().st_mtime_ns for file in folder.glob("study/runs/*/result.json")}
     flags = [flag for flag in COMMAND if not flag.startswith(("--models", "--seeds"))]
     flags += ["--models=SASRec,NoMemory", "--variant=broken=SASRecCCE,n_heads=3", "--seeds=2020"]
+    flags += ["--variant=bare=SASRec,TIME_FIELD=time"]
     kept = {
         name: (folder / "study" / name).read_bytes() for name in ("table.csv", "table.md", "table.tex", "report.html")
     }
@@ -313,6 +314,8 @@ def test_out_of_memory_and_failures_are_rows(study):
         assert [row["runs"] for row in rows.values()][:2] == ["1 finished", "1 out of memory"]
         reason = "The hidden size (16) is not a multiple of the number of attention heads (3)"
         assert rows["broken"]["runs"].startswith("1 failed: ValueError: ") and reason in rows["broken"]["runs"]
+        # the last line of the message is "]."
+        assert rows["bare"]["runs"].startswith("1 failed: ValueError: [time] is not exist in interaction [")
         assert rows["NoMemory"]["ndcg@10"] == rows["broken"]["ndcg@10"] == ""
         assert "<td>out of memory</td>" in page and reason in page
         assert results(folder)["NoMemory-2020"]["parallel"] == 1
@@ -322,6 +325,87 @@ def test_out_of_memory_and_failures_are_rows(study):
     finally:
         for name, content in kept.items():
             (folder / "study" / name).write_bytes(content)
+
+
+def damaged(kind, content):
+    """result.json of a finished run, or its users.npz, as a kill, a full disk or an editor leaves it."""
+    result = json.loads(content)
+    return {
+        "half": content[: len(content) // 2],
+        "empty": b"",
+        "zeros": bytes(len(content)),
+        "text": b"\xff\xfe",
+        "list": b"[]",
+        "nothing": b"{}",
+        "state alone": json.dumps({"state": "finished"}).encode(),
+        "no test": json.dumps(result | {"test": None}).encode(),
+        "a point": json.dumps(result | {"curve": [{"epoch": 1}]}).encode(),
+    }[kind]
+
+
+KINDS = ["half", "empty", "zeros", "text", "list", "nothing", "state alone", "no test", "a point"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "users: half", "users: gone"])
+def test_a_damaged_result_is_named_and_repeated(study, monkeypatch, capsys, kind):
+    folder = study["folder"]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "compare", *COMMAND])
+    (run,) = folder.glob("study/runs/SASRecCCE-2021-*")
+    kept = {file: file.read_bytes() for file in run.iterdir()}
+    other = next(folder.glob("study/runs/SASRecCCE-2020-*"))
+    parts = [folder / "study" / f".table.csv.{7**30}", other / f".SASRecCCE.pth.{5**40}"]
+    for part in parts:
+        part.write_text("of a command that was killed")
+    repeated = []
+
+    def execute(trials, *others):
+        repeated.extend(trials)
+        run.mkdir(exist_ok=True)
+        for file, content in kept.items():
+            file.write_bytes(content)
+
+    monkeypatch.setattr(compare, "execute", execute)
+    monkeypatch.setattr(report, "write", lambda *arguments: None)  # takes seconds, and needs what was repeated
+    name = "users.npz" if kind.startswith("users") else "result.json"
+    if kind == "users: gone":
+        (run / name).unlink()
+    else:
+        content = kept[run / name]
+        (run / name).write_bytes(content[: len(content) // 2] if "users" in kind else damaged(kind, content))
+    try:
+        cli.main()
+        printed = capsys.readouterr().err
+    finally:
+        execute([])
+    assert [trial.folder for trial in repeated] == [str(run)]
+    assert re.search(rf"{re.escape(str(run / name))} is damaged \(.+\): this run is repeated\n", printed), printed
+    assert not any(part.exists() for part in parts) and not (folder / "study" / ".lock").exists()
+
+
+def test_one_command_at_a_time_has_a_folder(study, monkeypatch, capsys):
+    """The lock is the operating system's: it goes with the process, however that ends."""
+    folder = study["folder"]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "compare", *COMMAND])
+    monkeypatch.setattr(report, "write", lambda *arguments: None)
+    (folder / "study" / ".lock").write_text("of a command that was killed")
+    hold = "import os, time; from pathlib import Path; from recbole_cce.files import locked\n"
+    hold += "with locked(Path('study')): print(os.getpid(), flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": python_path(SCRIPT.parent)}
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, env=environment)
+    pid = other.stdout.readline().decode().strip()
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    message = rf"--output: 'study' is that of another compare that is running \(process {pid} on .+\); it takes .+"
+    assert re.fullmatch(rf"run_recbole_cce\.py: error: {message}", error), error
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    monkeypatch.setattr(sys, "argv", ["run_recbole_cce.py", "compare", *COMMAND])
+    cli.main()
 
 
 def test_no_matplotlib(study, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from recbole.data.interaction import Interaction
@@ -11,6 +13,7 @@ from recbole_cce.data import Places
 from recbole_cce.layers import packs
 from recbole_cce.losses import LOSSES
 from tests.build import experiment
+from tests.conftest import write_inter
 from tests.test_trainer import assert_same, fit, state
 
 EXACT = {"loss_type": "CCE", "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "amp_dtype": "float32"}
@@ -122,6 +125,49 @@ def test_training_is_the_same_to_rounding(tiny_config, settings):
     for name, value in launched.model.state_dict().items():
         if not name.endswith("key.bias"):  # it adds the same to all logits of a query: its gradient is all rounding
             torch.testing.assert_close(run.model.state_dict()[name], value, rtol=0.01, atol=0.003, msg=name)
+
+
+class Recording:
+    """Stands for GraphedStep on the CPU: whatever comes later, it reads the table it was made with."""
+
+    def __init__(self, trainer, model, step, rows, capacity):
+        self.trainer, self.model, self.step, self.resident = trainer, model, step, trainer.resident
+
+    def __call__(self, interaction, places):
+        self.trainer.resident, self.model.places = self.resident, places
+        return self.step(interaction)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_second_fit_trains_the_data_it_is_given(tiny_config, tiny, monkeypatch, device):
+    """Other rows of the same users and items, with more of them in a batch; then the first rows again."""
+    header, *lines = (tiny / "tiny" / "tiny.inter").read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    write_inter(tiny, "backwards", header, [(user, item, -int(time)) for user, item, time in rows])
+    settings = {**tiny_config, **EXACT, "epochs": 3, "learning_rate": 0.01, "eval_step": 0}
+    settings |= GPU if device == "cuda" else {}
+
+    def weights(captured):
+        run = experiment("SASRecCCE", {**settings, "cuda_graph": captured})
+        other = experiment("SASRecCCE", {**settings, "train_batch_size": 24}, "backwards").train
+        if captured and device == "cpu":
+            monkeypatch.setattr(run.trainer, "_wants_graph", lambda data: True)
+            make_resident = run.trainer._make_resident
+
+            def make_resident_on_the_cpu(data):
+                make_resident(data)
+                run.trainer.resident = data.dataset.on_device(torch.device("cpu"))
+
+            monkeypatch.setattr(run.trainer, "_make_resident", make_resident_on_the_cpu)
+            monkeypatch.setattr(trainer, "GraphedStep", partial(Recording, run.trainer))
+        for data in (run.train, other, run.train):
+            run.trainer.fit(data, saved=False)
+        return run.model.state_dict()
+
+    expected = weights(captured=False)
+    for name, value in weights(captured=True).items():
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(value, expected[name], rtol=0.01, atol=0.003, msg=name)
 
 
 @pytest.mark.cuda

@@ -11,9 +11,8 @@ import recbole
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import FeatureSource
 
-from recbole_cce import data, data_reader
+from recbole_cce import data
 from tests.conftest import write_inter
 
 ML100K = Path(recbole.__file__).parent / "dataset_example" / "ml-100k"
@@ -27,7 +26,7 @@ def splits(model: str, dataset: str, **settings):
 def assert_equal_splits(dataset: str, **settings):
     """All rows and fields of train, valid and test equal those of RecBole's SequentialDataset."""
     stock = splits("SASRec", dataset, train_neg_sample_args=None, **settings)
-    ours = splits("SASRecCCE", dataset, train_targets="last", **settings)
+    ours = splits("SASRecCCE", dataset, train_targets="last", repeat_bias="none", **settings)
     for theirs, mine in zip(stock, ours, strict=True):
         assert len(theirs) == len(mine)
         theirs, mine = theirs[np.arange(len(theirs))], mine[np.arange(len(mine))]
@@ -160,11 +159,6 @@ def test_statistics_equal_stock(ml100k):
     assert stock.user_counter == ours.user_counter
 
 
-def test_files_are_read_in_parts(ml100k, monkeypatch):
-    monkeypatch.setattr(data_reader, "LINES_AT_A_TIME", 1000)
-    assert_equal_splits("ranked", **ml100k)
-
-
 def test_integers_in_the_order_of_doubles():
     numbers = [-np.inf, -1e300, -2.5, -2.0, -1e-320, -0.0, 0.0, 1e-320, 1.0, 1.5, 1.7e9, 1e300, np.inf]
     numbers = torch.tensor(numbers, dtype=torch.float64)
@@ -181,44 +175,6 @@ def test_a_row_by_its_number(ml100k):
 
 def test_splits_equal_stock_without_unused_columns(ml100k):
     assert_equal_splits("ranked", **ml100k, unused_col={"inter": ["rating", "timestamp_list"]}, MAX_ITEM_LIST_LENGTH=9)
-
-
-def test_files_are_read_to_the_same_bits(tmp_path):
-    """Numbers of all lengths, tokens that look like numbers, quotes, missing values: as the reader RecBole asks for."""
-    rng = np.random.default_rng(4)
-    rows = []
-    for user in range(40):
-        for step in range(rng.integers(3, 9)):
-            rating = rng.choice(["", "1e-3", "NaN", str(rng.random() * 10.0 ** rng.integers(-300, 300))])
-            tag = rng.choice(["007", "7", "NA", "", "a b", '"q"', 'in"side', "1.50", "true"])
-            rows.append((f"0{user}", rng.choice(["1", "01", "1.0", "nan ", "'i'", "ï"]), repr(step / 7), rating, tag))
-    header = "user_id:token\titem_id:token\ttimestamp:float\trating:float\ttag:token"
-    settings = {
-        "data_path": str(write_inter(tmp_path / "data", "odd", header, rows)),
-        "load_col": {"inter": ["user_id", "item_id", "timestamp", "rating", "tag"]},
-        "encoding": "utf-8",
-    }
-    configs = [
-        Config(model, "odd", config_dict={"state": "ERROR", "train_neg_sample_args": None, **settings})
-        for model in ("SASRec", "SASRecCCE")
-    ]
-    stock, ours = (create_dataset(config) for config in configs)
-    file = str(tmp_path / "data" / "odd" / "odd.inter")
-    stock_read, ours_read = (dataset._load_feat(file, FeatureSource.INTERACTION) for dataset in (stock, ours))
-    for field in ("timestamp", "rating"):  # fp64 here; the splits hold fp32
-        theirs, mine = stock_read[field].to_numpy(), ours_read[field].to_numpy()
-        assert theirs.dtype == mine.dtype == np.float64
-        assert np.array_equal(theirs, mine, equal_nan=True), field
-    for field in ("user_id", "item_id", "tag"):
-        assert stock.field2id_token[field].tolist() == ours.field2id_token[field].tolist(), field
-    assert_equal_splits("odd", **settings)
-
-
-def test_long_separators_are_read_as_in_recbole(tmp_path):
-    rows = ["::".join(map(str, row)) for row in ROWS]
-    write_inter(tmp_path / "data", "long", HEADER.replace("\t", "::"), [(row,) for row in rows])
-    settings = {"field_separator": "::", "load_col": {"inter": ["user_id", "item_id", "timestamp"]}}
-    assert_equal_splits("long", data_path=str(tmp_path / "data"), **settings)
 
 
 @pytest.fixture
@@ -358,18 +314,9 @@ def test_order_is_that_of_the_seconds_in_the_file(tmp_path):
     ]
 
 
-def test_saved_data_set_is_read_back(tmp_path, tiny_config):
-    settings = {**tiny_config, "save_dataset": True, "checkpoint_dir": str(tmp_path / "saved")}
-    first = splits("SASRecCCE", "tiny", **settings)
-    saved = next((tmp_path / "saved").glob("*.pth"))
-    config = Config("SASRecCCE", "tiny", config_dict={**tiny_config, "dataset_save_path": str(saved)})
-    again = create_dataset(config).build()
-    for one, two in zip(first, again, strict=True):
-        assert torch.equal(one[np.arange(len(one))]["item_id_list"], two[np.arange(len(two))]["item_id_list"])
-
-
 def test_batches_hold_the_rows_of_recbole_for_last_targets(tiny_config):
-    config = Config("SASRecCCE", "tiny", config_dict={**tiny_config, "train_targets": "last"})
+    settings = {"train_targets": "last", "repeat_bias": "none"}
+    config = Config("SASRecCCE", "tiny", config_dict={**tiny_config, **settings})
     train, _, test = data_preparation(config, create_dataset(config))
     assert sum(len(batch) for batch in train) == len(train.dataset.inter_feat)
     batch, _, _, positive_i = next(iter(test))
@@ -470,11 +417,6 @@ def test_time_not_loaded(tmp_path):
         ValueError, match=r"load_col: the column 'timestamp' \(TIME_FIELD\).*\[user_id, item_id, timest"
     ):
         read(tmp_path, HEADER, ROWS, load_col={"inter": ["user_id", "item_id"]})
-
-
-def test_text_in_a_number_column(tmp_path):
-    with pytest.raises(ValueError, match=r"bad\.inter cannot be read: .*timestamp"):
-        read(tmp_path, HEADER, [*ROWS, ("u1", "i1", "yesterday")])
 
 
 def test_nothing_left_after_filtering(tmp_path):

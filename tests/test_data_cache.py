@@ -14,7 +14,7 @@ import torch
 from recbole.config import Config
 from recbole.data import create_dataset
 
-from recbole_cce import compat, data, data_cache, data_reader
+from recbole_cce import compat, data, data_cache, data_columns, data_reader, data_tokens
 from recbole_cce.data import LeanSequentialDataset
 from tests.conftest import write_inter
 from tests.test_data import ML100K, SPLITS, ml100k, presplit, with_sequences  # noqa: F401  fixtures
@@ -167,7 +167,7 @@ def test_another_program_replaces_the_copy(readings, monkeypatch, tiny_config):
     assert readings == ["tiny", "tiny"]
 
 
-@pytest.mark.parametrize("module", [compat, data, data_cache, data_reader])
+@pytest.mark.parametrize("module", [compat, data, data_cache, data_columns, data_reader, data_tokens])
 def test_a_changed_program_replaces_the_copy(readings, monkeypatch, tmp_path, tiny_config, module):
     load(**tiny_config)
     changed = tmp_path / Path(module.__file__).name
@@ -270,6 +270,15 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_copy(monkeypatch, tiny_c
     assert not (folder / NAME).exists()
 
 
+@pytest.mark.parametrize("written_again", [False, True])
+def test_what_a_killed_writer_left_is_removed(tiny_config, written_again):
+    folder = Path(tiny_config["data_path"]) / "tiny"
+    load(**tiny_config)
+    (folder / f".{NAME}.{1:039}").write_bytes(b"half of it")
+    load(**tiny_config, **{"user_inter_num_interval": "[6,inf)"} if written_again else {})
+    assert sorted(file.name for file in folder.iterdir()) == [NAME, "tiny.inter"]
+
+
 def test_a_subclass_has_none(tiny_config):
     class Other(LeanSequentialDataset):
         pass
@@ -293,7 +302,7 @@ def test_processes_may_write_at_once(tmp_path):
     }
     settings = [data, {**data, "user_inter_num_interval": "[1,inf)"}] * 6
     expected = total_of_first_split({**data, "cache_data": False})
-    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("fork")) as pool:
         for total in pool.map(total_of_first_split, settings):
             assert total == expected
     names = sorted(file.name for file in (tmp_path / "data" / "race").iterdir())

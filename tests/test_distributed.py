@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import random
 import socket
 import sys
 import time
@@ -130,13 +131,14 @@ def whole_batches(rank, settings, found):
 def resumed_run(rank, settings, found):
     """Four epochs, and two and two with batches made from row numbers; seeds are equal, as a script may leave them."""
     settings = {**settings, **SAMPLED, "eval_step": 0}
-    runs = [experiment("SASRecCCE", {**settings, "epochs": epochs}, "odd") for epochs in (4, 2, 4)]
-    for run, name in zip(runs, ("whole", "first", "second"), strict=True):
+    for name, epochs in (("whole", 4), ("first", 2), ("second", 4)):
+        run = experiment("SASRecCCE", {**settings, "epochs": epochs}, "odd")
         if name == "second":
             run.trainer.resume_checkpoint(found["file"])
         if name != "whole":  # as on a GPU
             run.trainer.sizes = run.train.dataset.sizes()
             run.trainer.resident = run.train.dataset.on_device(torch.device("cpu"))
+            run.trainer._make_resident = lambda data: None
         drawn, draw = [], negatives.draw_negatives
         negatives.draw_negatives = recorded(draw, drawn)
         run.trainer.fit(run.train, run.valid)
@@ -176,12 +178,26 @@ def killed_run(rank, settings, found):
     found["epochs"] = list(trainer.train_loss_dict)
 
 
+def seeded(rank, settings, found):
+    """For each model and seed: what processes draw, and the order of rows in two epochs."""
+    for model in ("SASRecCCE", "SASRec"):
+        for seed in (2020, 2021):
+            run = experiment(model, {**settings, "seed": seed}, "odd")
+            drawn = {"torch": torch.rand(4), "numpy": torch.from_numpy(np.random.rand(4)), "python": random.random()}
+            drawn["loader's workers"] = torch.rand(4, generator=run.train.generator)
+            orders = []
+            for epoch in (0, 1):
+                run.train.sampler.set_epoch(epoch)
+                orders.append(list(run.train.sampler))
+            found[model, seed] = {"drawn": drawn, "orders": orders}
+
+
 def mean_ranks(rank, settings, found):
     run = experiment("SASRecCCE", {**settings, **GAUC}, "odd")
     found["result"] = run.trainer.evaluate(run.test, load_best_model=False)
 
 
-JOBS = [whole_run, whole_batches, resumed_run, killed_run, mean_ranks]
+JOBS = [whole_run, whole_batches, resumed_run, killed_run, seeded, mean_ranks]
 
 
 def process(rank, folder, data, ports):
@@ -278,6 +294,22 @@ def test_processes_draw_different_negatives(found):
         assert len(one) == len(two) >= 4
         for mine, other in zip(one, two, strict=True):
             assert not torch.equal(mine[0], other[0])
+
+
+@pytest.mark.parametrize("model", ["SASRecCCE", "SASRec"])
+def test_streams_of_seeds_and_processes_differ(found, model):
+    """Of RecBole's own models, too; one order for both processes, and another one for each seed and epoch."""
+    both = found["seeded"]
+    runs = [process[model, seed] for seed in (2020, 2021) for process in both]
+    for name in ("torch", "numpy", "python", "loader's workers"):
+        assert len({str(run["drawn"][name]) for run in runs}) == 4, name
+    torch.manual_seed(2020)
+    assert torch.equal(both[0][model, 2020]["drawn"]["torch"], torch.rand(4))  # as one process has it
+    orders = {str(dealt) for run in runs for dealt in run["orders"]}
+    assert len(orders) == 8
+    for seed in (2020, 2021):
+        for one, two in zip(*(process[model, seed]["orders"] for process in both), strict=True):
+            assert set(one + two) == set(range(max(one + two) + 1)) and len(set(one) & set(two)) <= 1
 
 
 def test_two_and_two_epochs_are_four(found):

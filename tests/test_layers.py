@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -243,6 +244,16 @@ def test_packed_where_varlen_attn_does_not_go(settings, own):
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=enabled), kernels() as used:
         hidden = run(module.float().cuda(), embedded.float().cuda(), valid.cuda(), "packed")[valid.cuda()]
     assert OPS["varlen"] not in used and (OPS["own"] in used) == own and hidden.isfinite().all()
+
+
+@needs_varlen
+@pytest.mark.parametrize(("capability", "takes"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flash_attention_needs_ampere(dtype, capability, takes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query = mock.Mock(is_cuda=True, dtype=dtype, device=torch.device("cuda:0"), size=lambda dim: 32)
+    assert layers.takes_variable_lengths(query, 0.0) == takes
+    assert takes or not layers.takes_own(query, 20, 0.0)
 
 
 @pytest.mark.cuda

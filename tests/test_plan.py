@@ -327,6 +327,13 @@ def test_a_loss_that_does_not_fit_says_so(command):
         (["--gpu-memory=nan"], r"--gpu-memory: 'nan' is not valid; it takes a number > 0"),
         (["--negatives=65537"], r"--negatives: 65537 is not valid; it takes an integer from 1 to 65536"),
         (["--hidden=16", "--heads=3"], r"--hidden: 16 is not valid with --heads=3; it takes a multiple of the heads"),
+        (["--items=1" + "0" * 30], r"--items: '10+' is not valid; it takes an integer >= 1 and at most 10,000,000,000"),
+        (["--length=100000000000"], r"--length: .* at most 100,000"),
+        (["--hidden=100000000000000"], r"--hidden: .* at most 4,096"),
+        (["--layers=1000000"], r"--layers: .* at most 100"),
+        (["--inner=1" + "0" * 5000], r"--inner: .* at most 16,384"),
+        (["--gpu-memory=1e300"], r"--gpu-memory: '1e300' is not valid; it takes a number > 0 and at most 1,000,000"),
+        (["--items=10000000000", "--batch-size=1048576"], r"--gpu-memory: .* are too few"),
         (["--items=1000000", "--gpu-memory=0.1"], r"--gpu-memory: 0.1 GiB are too few for --items=1000000 --length=10"),
     ],
 )

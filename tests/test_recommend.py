@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from recbole_cce import cli, recommend
+from recbole_cce.errors import UserError
 from tests.build import experiment
 
 
@@ -40,6 +41,10 @@ def scores(run, user):
     run.model.eval()
     user_vector = run.model.forward(row, torch.tensor([len(items)]))
     table = (user_vector @ run.model.item_embedding.weight.T)[0].tolist()
+    term = checkpoint["other_parameter"]["repeat_bias"].tolist()
+    ages = {token: age for age, token in reversed(list(enumerate(reversed(history(run, user)), start=1)))}
+    for token, age in ages.items():
+        table[run.train.dataset.token2id("item_id", token)] += term[sum(age >= a for a in (2, 3, 4, 5, 9, 17))]
     return {run.train.dataset.id2token("item_id", item): table[item] for item in range(1, run.model.n_items)}
 
 
@@ -80,6 +85,28 @@ def test_some_users_in_their_order(trained):
         pd.testing.assert_frame_equal(mine, whole[whole["user"] == user].reset_index(drop=True), check_exact=False)
 
 
+def test_users_without_interactions_get_no_list(tiny, tiny_config, caplog):
+    """Known from a file of users alone; before, their lists left out the items of the next user."""
+    users = "\n".join(f"{name}\t1" for name in ["early", *(f"u{user}" for user in range(40)), "late"])
+    (tiny / "tiny" / "tiny.user").write_text(f"user_id:token\tage:float\n{users}\n")
+    columns = {**tiny_config["load_col"], "user": ["user_id", "age"]}
+    run = experiment("SASRecCCE", {**tiny_config, "load_col": columns, "epochs": 1})
+    run.trainer.fit(run.train, run.valid)
+    for exclude_seen in (False, True):
+        recommend.recommend(run.trainer.saved_model_file, "top.csv", k=3, exclude_seen=exclude_seen)
+        assert sorted(pd.read_csv("top.csv")["user"].unique()) == sorted(f"u{user}" for user in range(40))
+        assert caplog.messages[-1:] == ["2 of 42 users have no interaction: they get no list"]
+        caplog.clear()
+    Path("users.txt").write_text("early\nu7\n")
+    recommend.recommend(run.trainer.saved_model_file, "top.csv", k=3, users="users.txt")
+    assert pd.read_csv("top.csv")["user"].tolist() == ["u7"] * 3
+    Path("users.txt").write_text("early\nlate\n")
+    with pytest.raises(UserError, match="--users: none of the 2 users has an interaction in tiny"):
+        recommend.recommend(run.trainer.saved_model_file, "none.csv", k=3, users="users.txt")
+    with pytest.raises(ValueError, match="user 41 has no interaction"):
+        run.train.dataset.latest(torch.tensor([3, 41]))
+
+
 def test_parquet_holds_the_same(trained):
     pytest.importorskip("pyarrow", exc_type=ImportError)  # which it raises where NumPy is too old for it
     _, checkpoint = trained
@@ -100,7 +127,9 @@ def test_item_vectors(trained):
     items = [run.train.dataset.token2id("item_id", token) for token in history(run, "u3")[-4:]]
     row = torch.tensor([items + [0] * (4 - len(items))])
     user_vector = run.model.forward(row, torch.tensor([len(items)]))[0].detach().numpy()
-    np.testing.assert_allclose(vectors @ user_vector, [expected[token] for token in tokens["item"]], rtol=1e-4)
+    new = ~tokens["item"].isin(history(run, "u3"))  # the others have the term for repeats besides
+    expected = [expected[token] for token in tokens["item"][new]]
+    np.testing.assert_allclose((vectors @ user_vector)[new], expected, rtol=1e-4)
 
 
 def test_nothing_is_left_of_an_interrupted_file(trained, monkeypatch):
@@ -139,8 +168,8 @@ def test_commands(trained, monkeypatch):
     ("flags", "message"),
     [
         (["--k=31"], "--k: 31 is not valid; it takes 1 to 30, the number of items"),
-        (["--k=0"], "--k: 0 is not valid"),
-        (["--k=many"], "argument --k: invalid int value: 'many'"),
+        (["--k=0"], "argument --k: '0' is not valid; it takes an integer >= 1"),
+        (["--k=many"], "argument --k: 'many' is not valid; it takes an integer >= 1"),
         (["--output=top.txt"], "--output: 'top.txt' is not valid; it takes a file that ends in .csv or .parquet"),
         (["--users=nobody.txt"], "--users: there is no file 'nobody.txt'"),
         (["--users=users.txt"], "--users: 2 of the 3 users of 'users.txt' are not in tiny as the .* the first is 'x'"),

@@ -18,8 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.data import TARGET_COUNT, Places
+from recbole_cce.errors import UserError
+from recbole_cce.history import listed
 from recbole_cce.layers import Packing, encode, encode_original, fuse_gelu, pack, packs
 from recbole_cce.losses import LOSSES
+from recbole_cce.repeats import AGES, age_group
 
 TRAINED_SHARE = 0.9  # of the positions; a loss then passes over the others sooner than a copy without them is made
 
@@ -53,7 +56,10 @@ class EfficientSASRec(SASRec):
         self.compiled = False  # set by the trainer: whether training steps encode with torch.compile
         self.loss: nn.Module = LOSSES[self.loss_type](config, item_counts(dataset))
         self.catalogue = fingerprint(dataset.field2id_token[self.ITEM_ID])
-        self.other_parameter_name = ["catalogue"]
+        # added to the scores of items of the user's own history, by age; not a parameter, so that state dicts stay
+        # those of RecBole's SASRec
+        self.repeat_bias = torch.zeros(len(AGES))
+        self.other_parameter_name = ["catalogue", "repeat_bias"]
 
     def hidden_states(
         self, item_seq: torch.Tensor, lengths: torch.Tensor
@@ -95,6 +101,22 @@ class EfficientSASRec(SASRec):
         hidden, where, _ = self.hidden_states(item_seq, item_seq_len)
         return rows_at(hidden, where, *last_positions(item_seq_len))
 
+    def predict(self, interaction: Interaction) -> torch.Tensor:
+        """[B] scores of one item a row; what a user had is what the row lists."""
+        items, lengths, item = (interaction[field] for field in (self.ITEM_SEQ, self.ITEM_SEQ_LEN, self.ITEM_ID))
+        place = torch.arange(1, items.size(1) + 1, device=items.device)
+        latest = ((items == item[:, None]) * place).amax(1)  # 0 where the list does not have it
+        group = age_group((lengths - latest + 1).clamp(min=1))
+        addend = self.repeat_bias.to(items.device)[group].masked_fill(latest == 0, 0)
+        return super().predict(interaction) + addend
+
+    def full_sort_predict(self, interaction: Interaction) -> torch.Tensor:
+        """[B, V+1] scores of all items; what a user had is what the row lists."""
+        scores = super().full_sort_predict(interaction)
+        history = listed(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        scores[history.row, history.item] += self.repeat_bias.to(scores.device)[age_group(history.age)]
+        return scores
+
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """The loss of `loss_type`, averaged over the targets of the batch."""
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
@@ -115,31 +137,33 @@ class EfficientSASRec(SASRec):
         """As torch's, with a clear error when the weights belong to another catalogue or size.
 
         Raises:
-            ValueError: names what differs.
+            UserError: names what differs.
         """
         loaded, own = state_dict.get("item_embedding.weight"), self.item_embedding.weight
         if loaded is not None and loaded.shape != own.shape:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's item table is {loaded.size(0) - 1} items x {loaded.size(1)}, this model's is "
                 f"{own.size(0) - 1} items x {own.size(1)}: it was trained on another data set, with other filters or "
                 "with another hidden_size"
             )
         loaded, own = state_dict.get("position_embedding.weight"), self.position_embedding.weight
         if loaded is not None and loaded.shape != own.shape:
-            raise ValueError(f"MAX_ITEM_LIST_LENGTH: {len(own)} is not the checkpoint's, which is {len(loaded)}")
+            raise UserError(f"MAX_ITEM_LIST_LENGTH: {len(own)} is not the checkpoint's, which is {len(loaded)}")
         return super().load_state_dict(state_dict, strict, assign)
 
     def load_other_parameter(self, para: dict[str, Any] | None) -> None:
         """Refuse weights whose rows stand for other items.
 
         Raises:
-            ValueError: the checkpoint's catalogue has as many items, but not the same ones in the same order.
+            UserError: the checkpoint's catalogue has as many items, but not the same ones in the same order.
         """
         if para and para.get("catalogue", self.catalogue) != self.catalogue:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained on another catalogue (item tokens {para['catalogue']}, this data set's "
                 f"are {self.catalogue}): its rows stand for other items"
             )
+        if para and "repeat_bias" in para:
+            self.repeat_bias = para["repeat_bias"]
 
 
 class SASRecCCE(EfficientSASRec):

@@ -18,7 +18,7 @@ COLUMNS = {
     "sampled_cross_entropy": (1, 512),
     "scalable_cross_entropy": (1, 512),
 }
-MIN_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores
+MIN_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores, and what torch's flash attention is written for
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,12 @@ logger = logging.getLogger(__name__)
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def before_ampere(device: torch.device) -> bool:
+    """Whether a GPU is older than what kernels of 16 bits, torch's flash attention too, are written for."""
+    return torch.cuda.get_device_capability(device) < MIN_CAPABILITY
 
 
 def triton_unavailable(device: torch.device) -> str | None:
@@ -36,10 +42,9 @@ def triton_unavailable(device: torch.device) -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    if device.type == "cuda":
+    if device.type == "cuda" and before_ampere(device):
         capability = torch.cuda.get_device_capability(device)
-        if capability < MIN_CAPABILITY:
-            return f"they need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, the GPU has {capability}"
+        return f"they need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, the GPU has {capability}"
     return None
 
 

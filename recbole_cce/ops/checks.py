@@ -63,10 +63,10 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: {value!r} is not valid; it takes an integer >= 1")
 
 
-def reduce(loss: torch.Tensor, number: torch.Tensor, reduction: str) -> torch.Tensor:
-    """[N] losses, zero where not counted -> their mean over the `number` of counted rows, their sum, or [N]."""
+def reduce(loss: torch.Tensor, counted: torch.Tensor, number: torch.Tensor, reduction: str) -> torch.Tensor:
+    """[N] losses, zero where not `counted` [N] -> their mean over the `number` of counted rows, their sum, or [N]."""
     if reduction == "none":
-        return loss
+        return loss.where(counted, 0)  # nothing of an upstream gradient comes past here, were it NaN
     total = loss.sum()
     return total if reduction == "sum" else total / number
 

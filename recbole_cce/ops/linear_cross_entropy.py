@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from recbole_cce.ops import backend as backends
-from recbole_cce.ops import checks
+from recbole_cce.ops import checks, derivatives
 from recbole_cce.ops.reference import autocast_rounding
 from recbole_cce.ops.reference import linear_cross_entropy as reference
 
@@ -50,9 +50,11 @@ def linear_cross_entropy(
     dtypes = (input.dtype, weight.dtype, rounding)
     chosen = backends.choose("linear_cross_entropy", backend, input.device, dtypes, input.size(1))
     if chosen == "triton":
+        derivatives.refuse_forward_mode(input, weight)
         from recbole_cce.ops.triton import linear_cross_entropy as kernels  # triton may be missing elsewhere
 
         loss = kernels.linear_cross_entropy(input, weight, target, padding_idx, rounding)
     else:
         loss = reference.linear_cross_entropy(input, weight, target, padding_idx)
-    return checks.reduce(loss, checks.number(checks.counted(target, padding_idx)), reduction)
+    counted = checks.counted(target, padding_idx)
+    return checks.reduce(loss, counted, checks.number(counted), reduction)

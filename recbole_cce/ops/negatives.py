@@ -50,9 +50,18 @@ def philox(
     return philox4x32((counter & _MASK, (counter >> 32) & _MASK, zero, zero), key)
 
 
-def random_words(seed: int | torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two words that a draw takes: the first two of philox(seed, offset)."""
-    return philox(seed, offset)[:2]
+def random_words(seed: int | torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three words that a draw takes, the first three of philox(seed, offset): 64 bits that choose one of V, the
+    higher ones first, and 32 that choose between an item and its alias."""
+    return philox(seed, offset)[:3]
+
+
+def choose(word0: torch.Tensor, word1: torch.Tensor, size: int) -> torch.Tensor:
+    """64 random bits, word0 the higher ones -> integers in [0, size), size < 2^31: the high word of their product.
+
+    Each has probability 1 / size to a relative size / 2^64. One word alone would give size / 2^32: 2% at 10^8 items.
+    """
+    return (word0 * size + ((word1 * size) >> 32)) >> 32
 
 
 def new_seed(device: torch.device) -> torch.Tensor:
@@ -82,9 +91,9 @@ def make_seed(seed: int | torch.Tensor | None, device: torch.device) -> int | to
 class Uniform(nn.Module):
     """q(item) = 1 / V."""
 
-    def draw(self, word0: torch.Tensor, word1: torch.Tensor, num_items: int) -> torch.Tensor:
-        """Random words -> items in [0, V): the high word of word0 * V."""
-        return (word0 * num_items) >> 32
+    def draw(self, word0: torch.Tensor, word1: torch.Tensor, word2: torch.Tensor, num_items: int) -> torch.Tensor:
+        """Random words -> items in [0, V): two of them choose one, see choose()."""
+        return choose(word0, word1, num_items)
 
     def log_q(self, items: torch.Tensor, num_items: int) -> torch.Tensor:
         """log q of items in [0, V), fp32."""
@@ -94,7 +103,7 @@ class Uniform(nn.Module):
 class Popularity(nn.Module):
     """q(item) proportional to count^alpha; every item counts at least once.
 
-    Drawn with an alias table (Walker 1977): 8 bytes an item, two words a draw, exact to 2^-32 of a column. Buffers
+    Drawn with an alias table (Walker 1977): 8 bytes an item, three words a draw, exact to 2^-32 of a column. Buffers
     are no part of the state dict: they follow from the training data.
 
     Args:
@@ -119,12 +128,12 @@ class Popularity(nn.Module):
         self.register_buffer("table", torch.from_numpy(alias_table(np.exp(log_q))), persistent=False)
         self.register_buffer("log_probability", torch.from_numpy(log_q.astype(np.float32)), persistent=False)
 
-    def draw(self, word0: torch.Tensor, word1: torch.Tensor, num_items: int) -> torch.Tensor:
-        """Random words -> items in [0, V): word0 chooses a column, word1 its item or its alias."""
+    def draw(self, word0: torch.Tensor, word1: torch.Tensor, word2: torch.Tensor, num_items: int) -> torch.Tensor:
+        """Random words -> items in [0, V): two of them choose a column, see choose(), word2 its item or its alias."""
         self._check(num_items)
-        column = (word0 * num_items) >> 32
+        column = choose(word0, word1, num_items)
         entry = self.table[column].long()
-        keep = word1 < (entry[..., 0] & _MASK)
+        keep = word2 < (entry[..., 0] & _MASK)
         return torch.where(keep, column, entry[..., 1])
 
     def log_q(self, items: torch.Tensor, num_items: int) -> torch.Tensor:

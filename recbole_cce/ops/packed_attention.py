@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from recbole_cce.ops import backend as backends
-from recbole_cce.ops import checks
+from recbole_cce.ops import checks, derivatives
 from recbole_cce.ops.negatives import make_seed
 from recbole_cce.ops.reference import packed_attention as reference
 
@@ -30,7 +30,8 @@ def packed_attention(
         query: [P, H, d], any strides.
         key: [P, H, d], likewise.
         value: [P, H, d], likewise.
-        spans: [P, 2] int32, where each place's sequence starts and ends; see sequences().
+        spans: [P, 2] int32, where each place's sequence starts and ends; see sequences(). They are checked where that
+            costs no wait for a GPU, and under torch.autograd.detect_anomaly(); kernels read within the P places anyway.
         dropout_p: p, the probability of each weight to be dropped.
         seed: integer or 0-d int64 tensor that fixes what is dropped; drawn from the device's generator if None.
         backend: "auto", "triton" or "torch"; only "auto" may fall back to torch, and logs it once. The same seed drops
@@ -43,13 +44,18 @@ def packed_attention(
     and sums are fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: a wrong shape, dtype, device, option, probability or seed; names the argument.
+        ValueError: a wrong shape, dtype, device, option, probability or seed, or spans that are not the places' own;
+            names the argument.
         RuntimeError: backend="triton" where the kernel cannot run.
     """
     check_packed(query, key, value, spans, dropout_p)
     seed = make_seed(seed, query.device) if dropout_p > 0 else None
     chosen = backends.choose("packed_attention", backend, query.device, (query.dtype,), query.size(-1))
+    waits = chosen == "torch" or spans.device.type == "cpu" or torch.is_anomaly_enabled()
+    if waits and not torch.compiler.is_compiling():
+        check_spans(spans)
     if chosen == "triton":
+        derivatives.refuse_forward_mode(query, key, value)
         from recbole_cce.ops.triton import packed_attention as kernels  # triton may be missing elsewhere
 
         return kernels.packed_attention(query, key, value, spans, dropout_p, seed)
@@ -91,3 +97,23 @@ def check_packed(
             raise ValueError(f"{name}: is on {tensor.device}, query on {query.device}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: {dropout_p!r} is not valid; it takes a number from 0 to 1")
+
+
+def check_spans(spans: torch.Tensor) -> None:
+    """Sequences stand one after another, and each place has the span of the one that it is in.
+
+    A span is that of the place before, or it starts here, where the one before ends. It waits for the device.
+    """
+    places = len(spans)
+    place = torch.arange(places, dtype=spans.dtype, device=spans.device)
+    start, end = spans.unbind(1)
+    before = torch.cat([spans.new_zeros(1, 2), spans])[:places]
+    begins = (start == place) & (before[:, 1] == place)
+    own = (begins | ((start < place) & (spans == before).all(1))) & (place < end) & (end <= places)
+    wrong = (~own).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise ValueError(
+            f"spans: place {first} has {spans[first].tolist()}, which is not where a sequence that it is in starts and "
+            f"ends; see sequences()"
+        )

@@ -7,7 +7,7 @@ import math
 import torch
 
 from recbole_cce.ops import backend as backends
-from recbole_cce.ops import checks
+from recbole_cce.ops import checks, derivatives
 from recbole_cce.ops.negatives import Popularity, Uniform
 from recbole_cce.ops.reference import sampled_cross_entropy as reference
 from recbole_cce.ops.sampled_cross_entropy import make_draws
@@ -49,19 +49,21 @@ def sampled_binary_cross_entropy(
     """
     checks.check_inputs(input, weight, target, padding_idx, reduction)
     draws = make_draws(input, weight, num_negatives, sampler, sharing, False, seed, padding_idx)
-    if not 0 <= positive_weight < math.inf:
+    if isinstance(positive_weight, torch.Tensor) or not 0 <= positive_weight < math.inf:
         raise ValueError(f"positive_weight: {positive_weight!r} is not valid; it takes a finite number >= 0")
     dtypes = (input.dtype, weight.dtype, draws.rounding)
-    number = checks.number(checks.counted(target, padding_idx))
+    counted = checks.counted(target, padding_idx)
+    number = checks.number(counted)
     chosen = backends.choose("sampled_binary_cross_entropy", backend, input.device, dtypes, input.size(1))
     if chosen == "triton":
+        derivatives.refuse_forward_mode(input, weight)
         from recbole_cce.ops.triton import sampled_cross_entropy as kernels  # triton may be missing elsewhere
 
         mean = number if reduction == "mean" else None
         loss = kernels.sampled_cross_entropy(input, weight, target, draws, mean, positive_weight)
     else:
         loss = reference.sampled_binary_cross_entropy(input, weight, target, draws, positive_weight)
-    return checks.reduce(loss, number, reduction)
+    return checks.reduce(loss, counted, number, reduction)
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:

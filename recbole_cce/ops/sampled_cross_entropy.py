@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from recbole_cce.ops import backend as backends
-from recbole_cce.ops import checks
+from recbole_cce.ops import checks, derivatives
 from recbole_cce.ops.negatives import SHARINGS, Popularity, Uniform, make_seed
 from recbole_cce.ops.reference import autocast_rounding
 from recbole_cce.ops.reference import sampled_cross_entropy as reference
@@ -63,15 +63,17 @@ def sampled_cross_entropy(
     checks.check_inputs(input, weight, target, padding_idx, reduction)
     draws = make_draws(input, weight, num_negatives, sampler, sharing, logq_correction, seed, padding_idx)
     dtypes = (input.dtype, weight.dtype, draws.rounding)
-    number = checks.number(checks.counted(target, padding_idx))
+    counted = checks.counted(target, padding_idx)
+    number = checks.number(counted)
     chosen = backends.choose("sampled_cross_entropy", backend, input.device, dtypes, input.size(1))
     if chosen == "triton":
+        derivatives.refuse_forward_mode(input, weight)
         from recbole_cce.ops.triton import sampled_cross_entropy as kernels  # triton may be missing elsewhere
 
         loss = kernels.sampled_cross_entropy(input, weight, target, draws, number if reduction == "mean" else None)
     else:
         loss = reference.sampled_cross_entropy(input, weight, target, draws)
-    return checks.reduce(loss, number, reduction)
+    return checks.reduce(loss, counted, number, reduction)
 
 
 def make_draws(

@@ -7,7 +7,7 @@ import math
 import torch
 
 from recbole_cce.ops import backend as backends
-from recbole_cce.ops import checks
+from recbole_cce.ops import checks, derivatives
 from recbole_cce.ops.reference import autocast_rounding
 from recbole_cce.ops.reference import scalable_cross_entropy as reference
 
@@ -88,6 +88,7 @@ def scalable_cross_entropy(
     dtypes = (input.dtype, weight.dtype, rounding)
     chosen = backends.choose("scalable_cross_entropy", backend, input.device, dtypes, input.size(1))
     if chosen == "triton":
+        derivatives.refuse_forward_mode(input, weight)
         from recbole_cce.ops.triton import scalable_cross_entropy as kernels  # triton may be missing elsewhere
 
         directions = reference.random_directions(input, weight, target, n_buckets, mix_x, padding_idx, generator)
@@ -99,7 +100,7 @@ def scalable_cross_entropy(
             input, weight, target, n_buckets, size_x, size_y, mix_x, padding_idx, generator
         )
         loss, covered = reference.bucket_cross_entropy(input, weight, target, *buckets)
-    loss = checks.reduce(loss, checks.number(covered), reduction)
+    loss = checks.reduce(loss, covered, checks.number(covered), reduction)
     return (loss, covered) if return_coverage else loss
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import pytest
 import torch
 
 from recbole_cce import ops
-from recbole_cce.ops import reference
+from recbole_cce.ops import backend, reference
 from recbole_cce.ops.reference import scalable_cross_entropy as scalable_reference
 from tests.memory import LargestOutput
 from tests.ops import naive
 from tests.ops.problems import SEED, Sampling, check, problem
+from tests.ops.test_sampled_kernels import run_python
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -202,6 +206,66 @@ def test_ignored_rows_change_nothing(op):
     assert call(op, hidden, weight, target, **kwargs) == call(op, changed, weight, target, **kwargs)
 
 
+def check_ignored(
+    op, dtype=torch.float32, padding_idx=0, backend="auto", device="cpu", reduction="none", both=False, **kwargs
+):
+    """Whatever an ignored row, the padding row and the upstream gradients of ignored rows hold: the same to the bit."""
+    hidden, weight, target = problem(n=40, v=20, dtype=dtype, padding_idx=padding_idx, device=device)
+    target[0] = padding_idx
+    if op == "scalable":  # empty slots, which hold no position
+        kwargs = {"bucket_size_x": 40, **kwargs}
+
+    def results(value, needed):
+        h, w = hidden.clone(), weight.clone()
+        upstream = torch.linspace(0.5, 1, 40, device=device)
+        h[target == padding_idx] = w[padding_idx] = upstream[target == padding_idx] = value
+        h.requires_grad_("input" in needed), w.requires_grad_("weight" in needed)
+        options = {"padding_idx": padding_idx, "backend": backend, "reduction": reduction, **kwargs}
+        if op == "scalable":
+            options["generator"] = torch.Generator(device).manual_seed(2)
+        loss = call(op, h, w, target, **options)
+        loss.backward(upstream.to(loss.dtype) if reduction == "none" else None)
+        return [tensor for tensor in (loss.detach(), h.grad, w.grad) if tensor is not None]
+
+    for needed in (("input", "weight"),) if both else (("input",), ("weight",), ("input", "weight")):
+        expected = results(0.5, needed)
+        for one, two in zip(results(math.nan, needed), expected, strict=True):
+            assert torch.equal(one, two)
+
+
+IGNORING = [  # op, options that take another way through it
+    ("linear", {}),
+    *((op, {"sharing": sharing}) for op in ("sampled", "sampled_binary") for sharing in ("tile", "none", "batch")),
+    ("sampled", {"num_negatives": 200}),
+    ("scalable", {}),
+    ("scalable", {"mix_x": True}),
+]
+
+
+@pytest.mark.parametrize(("op", "kwargs"), IGNORING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_ignored_may_be_no_number(op, kwargs, dtype):
+    for reduction in ("mean", "none"):
+        check_ignored(op, dtype, padding_idx=5 if dtype == torch.float32 else 0, reduction=reduction, **kwargs)
+
+
+def check_derivatives(op, backend="auto"):
+    """Others than the first in reverse mode are refused, not taken for zero."""
+    hidden, weight, target = problem()
+    hidden.requires_grad_()
+    loss = call(op, hidden, weight, target, backend=backend)
+    with pytest.raises(RuntimeError, match="create_graph: True is not valid"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="forward"), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(hidden.detach(), torch.ones_like(hidden))
+        call(op, dual, weight, target, backend=backend)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_derivatives_that_it_has_not_are_refused(op):
+    check_derivatives(op)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_strides_do_not_matter(op):
     hidden, weight, target = problem()
@@ -362,6 +426,91 @@ def test_wrong_bucket_sizes(name):
 def test_buckets_larger_than_memory():
     with pytest.raises(ValueError, match="n_buckets: 1000000000 buckets of 9 positions and 6 items are too many"):
         call("scalable", *problem(), n_buckets=10**9)
+
+
+def test_wrong_positive_weight():
+    """A tensor's gradient would be lost."""
+    for weight in (-1.0, math.inf, math.nan, torch.tensor(1.0, requires_grad=True)):
+        with pytest.raises(ValueError, match="positive_weight: "):
+            call("sampled_binary", *problem(), positive_weight=weight)
+
+
+def test_kernels_ignore_and_refuse_the_same():
+    pytest.importorskip("triton")
+    run_python(
+        """
+        import torch
+        from tests.ops.test_losses import IGNORING, OPS, check_derivatives, check_ignored
+
+        torch.use_deterministic_algorithms(True)
+        for i in (0, 1, 2, 5, 8):
+            op, kwargs = IGNORING[i]
+            check_ignored(op, (torch.float32, torch.float16)[i % 2], i % 3 * 2, "triton", both=True, **kwargs)
+        check_ignored("linear", backend="triton", reduction="mean", both=True)
+        torch.use_deterministic_algorithms(False)
+        for op in OPS:
+            check_derivatives(op, "triton")
+        """,
+        TRITON_INTERPRET="1",
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("op", "kwargs"), IGNORING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("padding_idx", [0, 5])
+def test_kernels_ignore_the_same(padding_idx, dtype, op, kwargs):
+    """To the bit, for which sums must have an order."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        check_ignored(op, dtype, padding_idx, "triton", "cuda", **kwargs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_kernels_are_launched_on_the_device_of_their_inputs(monkeypatch):
+    """Each of them where that device is the current one, which nothing else makes it."""
+    jit = pytest.importorskip("triton").runtime.jit
+    monkeypatch.setattr(backend, "choose", lambda *_: "triton")
+    entered, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor.device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(jit.JITFunction, "run", lambda kernel, **_: launched.append((kernel.fn.__name__, entered[-1:])))
+    for op in OPS:
+        for sharing in ("tile", "none") if "sampled" in op else ("",):
+            hidden, weight, target = problem()
+            hidden.requires_grad_(), weight.requires_grad_()
+            call(op, hidden, weight, target, **({"sharing": sharing} if sharing else {})).backward()
+    parts = [torch.zeros(5, 2, 8, requires_grad=True) for _ in range(3)]
+    spans = torch.tensor([[0, 5]] * 5, dtype=torch.int32)
+    ops.packed_attention(*parts, spans).sum().backward()
+    assert len({name for name, _ in launched}) >= 18
+    assert all(device == [torch.device("cpu")] for _, device in launched)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_run_where_their_inputs_are(op):
+    """On another GPU than the current one."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        hidden, weight, target = problem(device=device)
+        hidden.requires_grad_(), weight.requires_grad_()
+        generator = {"generator": torch.Generator(device).manual_seed(2)} if op == "scalable" else {}
+        every = {"bucket_size_x": 37, "bucket_size_y": 53} if op == "scalable" else {}
+        loss = call(op, hidden, weight, target, backend="triton", **generator, **every)
+        loss.backward()
+        results.append([tensor.cpu() for tensor in (loss.detach(), hidden.grad, weight.grad)])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,6 +5,8 @@ On a GPU all combinations run. Without one, a few run in Triton's interpreter, a
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -241,6 +243,24 @@ def test_errors(name, wrong):
         packed_attention(**{**right, **wrong})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "place"),
+    [
+        ([[0, 2], [0, 2], [2, 5], [2, 5], [1, 5]], 4),  # begins in another one
+        ([[0, 2], [0, 2], [2, 5], [2, 4], [2, 5]], 3),  # ends elsewhere than the one before
+        ([[0, 3], [0, 3], [2, 5], [2, 5], [2, 5]], 2),  # begins before that ends
+        ([[0, 2], [0, 2], [2, 9], [2, 9], [2, 9]], 2),  # beyond the last place
+        ([[0, 2], [0, 2], [2, 3], [4, 5], [4, 5]], 3),  # after itself
+        ([[-1, 2], [-1, 2], [2, 5], [2, 5], [2, 5]], 0),
+        ([[0, 0], [0, 0], [0, 0], [0, 0], [0, 0]], 0),
+    ],
+)
+def test_spans_of_other_sequences(wrong, place):
+    parts = [torch.zeros(5, 2, 8)] * 3
+    with pytest.raises(ValueError, match=f"spans: place {place} has {re.escape(str(wrong[place]))}"):
+        packed_attention(*parts, torch.tensor(wrong, dtype=torch.int32))
+
+
 def test_triton_where_it_cannot_run():
     with pytest.raises(RuntimeError, match="backend"):
         gradients(*problem([3, 4], dtype=torch.float64))
@@ -253,7 +273,10 @@ def test_kernels_in_the_interpreter():
         import pytest
         import torch
         from recbole_cce.ops.triton import packed_attention as kernels
-        from tests.ops.test_packed_attention import LENGTHS, check_compiled, check_kernels, check_uses, check_weights
+        from recbole_cce.ops import packed_attention
+        from tests.ops.test_packed_attention import (
+            LENGTHS, check_compiled, check_kernels, check_uses, check_weights, problem,
+        )
 
         for lengths in LENGTHS.values():
             check_kernels(lengths)
@@ -270,6 +293,10 @@ def test_kernels_in_the_interpreter():
             check_kernels(borders, heads=1, dropout_p=0.2)
         check_weights()
         check_uses()
+        mixed, spans, grad = problem(borders)
+        total = packed_attention(*mixed.requires_grad_().unbind(1), spans, backend="triton").sum()
+        with pytest.raises(RuntimeError, match="create_graph: True is not valid"):
+            torch.autograd.grad(total, mixed, create_graph=True)
         check_compiled(backend="aot_eager")
         with pytest.raises(RuntimeError, match="interpreter multiplies no bf16"):
             check_kernels([3], dtype=torch.bfloat16)

@@ -17,7 +17,7 @@ import torch
 from recbole_cce import ops
 from recbole_cce.ops import negatives
 from tests.ops import naive
-from tests.ops.compiling import POINTERS, compiled, need_triton
+from tests.ops.compiling import CHIPS, POINTERS, compiled, need_triton, spilled
 from tests.ops.problems import SEED, Sampling, assert_within, norms, problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -176,62 +176,84 @@ def test_kernels_compile(name, binary, capability):
     assert compiled(kernel, capability, constants, TYPES).asm["cubin"]
 
 
+def compile_tile_kernel(name, capability, dim, dtype, precision="ieee", binary=False, hidden="*fp32"):
+    """As it is launched, under autocast with hidden states that a layer norm left in fp32."""
+    need_triton(3, 3)
+    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
+    from recbole_cce.ops.triton.launch import DTYPES, padded
+
+    blocks = kernels.tile_blocks(128, dim, dtype.itemsize, CHIPS[capability], gradient=name != "tile_forward")
+    constants = {
+        "D": dim, "BD": padded(dim), "BM": blocks.positions, "BK": blocks.negatives, "HALVES": blocks.halves,
+        "DTYPE": DTYPES[dtype], "PRECISION": precision, "POPULARITY": False, "CORRECT": not binary,
+        "BINARY": binary, "DIRECTION": True, "ATOMIC": True, "stride_hd": 1, "stride_wd": 1, "stride_y": 1,
+        "stride_grad": 1, "table_ptr": None, "log_q_ptr": None, "row_ptr": None, "unit_ptr": None,
+    }  # fmt: skip
+    launched = compiled(
+        getattr(kernels, f"{name}_kernel"),
+        capability,
+        constants,
+        TYPES | {"h_ptr": hidden, "direction_ptr": hidden},
+        {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
+        aligned=[*POINTERS, "stride_hn", "stride_wn"],
+    )
+    return launched, kernels.tile_bytes(blocks, padded(dim), dtype.itemsize)
+
+
 @pytest.mark.parametrize("hidden", ["*bf16", "*fp32"], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("dim", [256, 512])
-@pytest.mark.parametrize(("capability", "shared_memory"), [(80, 166912), (90, 232448)], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("binary", [False, True], ids=["softmax", "binary"])
-def test_kernels_fit_in_shared_memory(binary, dim, capability, shared_memory, hidden):
-    """As they are launched under autocast, whose layer norm leaves hidden states in fp32: what the compiler takes."""
-    need_triton(3, 3)
-    import triton
+@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient"])
+def test_kernels_fit_in_the_memory_of_hopper(name, dim, hidden):
+    for binary in (False, True):
+        launched, _ = compile_tile_kernel(name, 90, dim, torch.bfloat16, binary=binary, hidden=hidden)
+        assert launched.metadata.shared <= CHIPS[90]
 
-    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
 
-    types = TYPES | {"h_ptr": hidden, "direction_ptr": hidden}
-    for name in ("tile_forward", "tile_weight_gradient"):
-        blocks = kernels.tile_blocks(128, dim, 2, shared_memory, gradient=name != "tile_forward")
-        constants = {
-            "D": dim, "BD": dim, "BM": blocks.positions, "BK": blocks.negatives, "HALVES": blocks.halves,
-            "DTYPE": triton.language.bfloat16, "PRECISION": "ieee", "POPULARITY": False, "CORRECT": not binary,
-            "BINARY": binary, "DIRECTION": True, "ATOMIC": True, "stride_hd": 1, "stride_wd": 1, "stride_y": 1,
-            "stride_grad": 1, "table_ptr": None, "log_q_ptr": None, "row_ptr": None, "unit_ptr": None,
-        }  # fmt: skip
-        launched = compiled(
-            getattr(kernels, f"{name}_kernel"),
-            capability,
-            constants,
-            types,
-            {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
-            aligned=[*POINTERS, "stride_hn", "stride_wn"],
-        )
-        assert launched.metadata.shared <= shared_memory, name
+SPILLS = 64  # bytes of a thread that no product waits for
+
+
+@pytest.mark.parametrize("capability", [80, 86, 120], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("dim", [128, 256, 512])
+@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient"])
+def test_kernels_of_16_bits_fit_and_do_not_spill(name, dim, capability):
+    """Chips that multiply out of registers; the formula by which blocks are chosen holds."""
+    launched, memory = compile_tile_kernel(name, capability, dim, torch.bfloat16)
+    assert launched.metadata.shared <= memory <= CHIPS[capability]
+    assert spilled(launched) <= SPILLS
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient"])
+def test_kernels_of_fp32_fit_and_do_not_spill(name, dim, precision):
+    """Their blocks are the same on all chips: sm_86 has the least memory."""
+    launched, memory = compile_tile_kernel(name, 86, dim, torch.float32, precision)
+    assert launched.metadata.shared <= memory <= CHIPS[86]
+    assert spilled(launched) <= SPILLS
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("shared_memory", [101376, 166912, 232448], ids=["sm_86", "sm_80", "sm_90"])
+@pytest.mark.parametrize("shared_memory", sorted(set(CHIPS.values())))
 def test_blocks_fit_the_chip(itemsize, shared_memory):
     pytest.importorskip("triton")
+    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
     from recbole_cce.ops.triton.launch import padded
-    from recbole_cce.ops.triton.sampled_cross_entropy import own_blocks, tile_blocks
 
     for dim in (8, 50, 64, 100, 128, 256, 300, 512):
+        width = padded(dim)
         for depth in (1, 20, 128, 100_000):
-            blocks = tile_blocks(depth, dim, itemsize, shared_memory)
-            width = padded(dim)
-            assert min(16, blocks.positions, blocks.negatives) == 16
-            assert blocks.positions < 2 * max(16, depth)
-            operands = (blocks.positions + blocks.negatives) * width * itemsize
-            assert operands + blocks.negatives * width * 4 * (blocks.num_stages - 1) <= shared_memory
-            sums = blocks.positions * width / (32 * blocks.num_warps)
-            assert sums <= 128  # fp32 registers of a thread, of 255
-            blocks = tile_blocks(depth, dim, itemsize, shared_memory, gradient=True)
-            assert min(16, blocks.positions, blocks.negatives) == 16
-            assert blocks.positions < 2 * max(16, depth)
-            product = blocks.negatives * width / (1 + blocks.halves)
-            assert product / (32 * blocks.num_warps) <= 128
-            assert blocks.positions * width * itemsize + product * 4 <= shared_memory
-        draws, num_warps = own_blocks(dim)
-        assert draws >= 16 and draws * padded(dim) / (32 * num_warps) <= 64
+            for gradient in (False, True):
+                blocks = kernels.tile_blocks(depth, dim, itemsize, shared_memory, gradient)
+                assert min(16, blocks.positions, blocks.negatives) == 16
+                assert blocks.positions < 2 * max(16, depth)
+                assert blocks.halves <= (width > 64)
+                sums = (blocks.negatives if gradient else blocks.positions) * width
+                sums /= 1 + (gradient and blocks.halves)
+                assert sums / (32 * blocks.num_warps) <= 128  # fp32 registers of a thread, of 255
+                if itemsize == 4 or shared_memory < kernels.HOPPER_MEMORY:
+                    assert kernels.tile_bytes(blocks, width, itemsize) <= shared_memory
+        draws, num_warps = kernels.own_blocks(dim)
+        assert draws >= 16 and draws * width / (32 * num_warps) <= 64
 
 
 # On a GPU

@@ -15,6 +15,11 @@ def read(tensor: torch.Tensor, rounding: torch.dtype | None, dtype: torch.dtype)
     return tensor.to(rounding or tensor.dtype).to(dtype)
 
 
+def without(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Rows [.., D] that are zero where `out` [..] is True: what counts for nothing may be NaN, and 0 * NaN is NaN."""
+    return rows if out is None else rows.masked_fill(out[..., None], 0)
+
+
 def autocast_rounding(*tensors: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast would round `tensors` to, None outside autocast or for fp64."""
     device = tensors[0].device.type

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from recbole_cce.ops import reference
+from recbole_cce.ops.derivatives import first_derivative
 
 
 def linear_cross_entropy(
@@ -35,35 +35,37 @@ class LinearCrossEntropy(torch.autograd.Function):
         largest = torch.full((len(input),), torch.finfo(dtype).min, dtype=dtype, device=input.device)
         total = torch.zeros_like(largest)
         loss = torch.empty_like(largest)
+        ignored = None if padding_idx is None else target == padding_idx
         with torch.autocast(input.device.type, enabled=False):
             for rows in row_chunks(len(input), weight):
-                hidden = reference.read(input[rows], rounding, dtype)
+                hidden = read_hidden(input, rows, ignored, rounding, dtype)
                 for items in item_chunks(len(input), weight):
-                    logits = hidden @ reference.read(weight[items], rounding, dtype).T
+                    logits = hidden @ read_items(weight, items, padding_idx, rounding, dtype).T
                     mask_padding(logits, items, padding_idx)
                     largest[rows], total[rows] = reference.add_logits(largest[rows], total[rows], logits)
                 positive = (hidden * reference.read(weight[target[rows]], rounding, dtype)).sum(1)
                 loss[rows] = total[rows].log() + (largest[rows] - positive)
-            if padding_idx is not None:
-                loss.masked_fill_(target == padding_idx, 0)
+            if ignored is not None:
+                loss.masked_fill_(ignored, 0)
         ctx.save_for_backward(input, weight, target, largest, total)
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         input, weight, target, largest, total = ctx.saved_tensors
         input_needed, weight_needed = ctx.needs_input_grad[:2]
         dtype = total.dtype
-        if ctx.padding_idx is not None:
-            grad = grad.masked_fill(target == ctx.padding_idx, 0)
+        ignored = None if ctx.padding_idx is None else target == ctx.padding_idx
+        if ignored is not None:
+            grad = grad.masked_fill(ignored, 0)
         grad_input = torch.zeros(input.shape, dtype=dtype, device=input.device) if input_needed else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if weight_needed else None
         with torch.autocast(input.device.type, enabled=False):
             for rows in row_chunks(len(input), weight):
-                hidden, scale = reference.read(input[rows], ctx.rounding, dtype), grad[rows, None].to(dtype)
+                hidden, scale = read_hidden(input, rows, ignored, ctx.rounding, dtype), grad[rows, None].to(dtype)
                 for items in item_chunks(len(input), weight):
-                    vectors = reference.read(weight[items], ctx.rounding, dtype)
+                    vectors = read_items(weight, items, ctx.padding_idx, ctx.rounding, dtype)
                     logits = hidden @ vectors.T
                     mask_padding(logits, items, ctx.padding_idx)
                     slope = logits.sub_(largest[rows, None]).exp_().div_(total[rows, None])
@@ -98,6 +100,23 @@ def item_chunks(n: int, weight: torch.Tensor) -> Iterator[slice]:
     """Slices of the item table."""
     size = chunk_sizes(n, weight)[1]
     return (slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size))
+
+
+def read_hidden(
+    input: torch.Tensor, rows: slice, ignored: torch.Tensor | None, rounding: torch.dtype | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Hidden states of some rows, zero where they are `ignored` [N]."""
+    return reference.without(reference.read(input[rows], rounding, dtype), None if ignored is None else ignored[rows])
+
+
+def read_items(
+    weight: torch.Tensor, items: slice, padding_idx: int | None, rounding: torch.dtype | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Some rows of the table, of which the padding row is zero."""
+    vectors = reference.read(weight[items], rounding, dtype)
+    if padding_idx is None or not items.start <= padding_idx < items.stop:
+        return vectors
+    return reference.without(vectors, torch.arange(items.start, items.stop, device=weight.device) == padding_idx)
 
 
 def mask_padding(logits: torch.Tensor, items: slice, padding_idx: int | None) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.ops import negatives, reference
+from recbole_cce.ops.derivatives import first_derivative
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Chunk:
     drawn: torch.Tensor  # [G, K] rows of the negatives
     slots: torch.Tensor  # [G, M] places in the result; N and more past the end
     target: torch.Tensor  # [G, M]
-    hidden: torch.Tensor  # [G, M, D]
+    ignored: torch.Tensor | None  # [G, M] bool, None where no position can be
+    hidden: torch.Tensor  # [G, M, D], zero where ignored
 
 
 def chunks(
@@ -66,8 +67,9 @@ def chunks(
         )
         for group_drawn, *group in split((drawn, *block), groups):
             for chunk_slots, chunk_rows, chunk_target in split(group, positions, dim=1):
-                hidden = reference.read(input[chunk_rows], draws.rounding, dtype)
-                yield Chunk(group_drawn, chunk_slots, chunk_target, hidden)
+                ignored = None if draws.padding_idx is None else chunk_target == draws.padding_idx
+                hidden = reference.without(reference.read(input[chunk_rows], draws.rounding, dtype), ignored)
+                yield Chunk(group_drawn, chunk_slots, chunk_target, ignored, hidden)
 
 
 def split(tensors: Sequence[torch.Tensor], size: int, dim: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -172,7 +174,7 @@ class SampledCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         input, weight, target, largest, total = ctx.saved_tensors
 
@@ -188,8 +190,9 @@ class SampledCrossEntropy(torch.autograd.Function):
 
 
 def positives(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors [G, M, D] and logits [G, M] of each position's own target."""
+    """Vectors [G, M, D] and logits [G, M] of each position's own target, zero where it is ignored."""
     vectors = reference.read(weight[chunk.target], draws.rounding, chunk.hidden.dtype)
+    vectors = reference.without(vectors, chunk.ignored)
     return vectors, (chunk.hidden * vectors).sum(2)
 
 
@@ -268,7 +271,7 @@ class SampledBinaryCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         input, weight, target = ctx.saved_tensors
 

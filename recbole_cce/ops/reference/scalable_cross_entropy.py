@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recbole_cce.ops import checks, reference
+from recbole_cce.ops.derivatives import first_derivative
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ class BucketCrossEntropy(torch.autograd.Function):
         winner = torch.full((n,), n_buckets, device=input.device)
         with torch.autocast(input.device.type, enabled=False):
             for bucket, position in chunks(positions, items, input.size(1)):
-                scores, own, _, _ = bucket_logits(input, weight, target, position, items[bucket], rounding, dtype)
+                scores, own, *_ = bucket_logits(input, weight, target, position, items[bucket], rounding, dtype)
                 top, mass = reference.add_logits(own, torch.ones_like(own), scores)
                 value = (mass.log() + (top - own)).masked_fill(position < 0, -torch.inf).flatten()
                 number = bucket[:, None].expand_as(position).flatten()
@@ -154,7 +154,7 @@ class BucketCrossEntropy(torch.autograd.Function):
         return loss, covered
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple:
         input, weight, target, positions, items, largest, total, winner = ctx.saved_tensors
         input_needed, weight_needed = ctx.needs_input_grad[:2]
@@ -163,7 +163,7 @@ class BucketCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if weight_needed else None
         with torch.autocast(input.device.type, enabled=False):
             for bucket, position in chunks(positions, items, input.size(1)):
-                scores, own, hidden, vectors = bucket_logits(
+                scores, own, hidden, vectors, targets = bucket_logits(
                     input, weight, target, position, items[bucket], ctx.rounding, dtype
                 )
                 # losers get 0, and a denominator that is one of theirs, so that nothing overflows
@@ -175,8 +175,7 @@ class BucketCrossEntropy(torch.autograd.Function):
                 slope = ((own - top - mass.log()).expm1() * scale)[:, :, None]
                 own_item = target[position]
                 if input_needed:
-                    to_own = slope * reference.read(weight[own_item], ctx.rounding, dtype)
-                    grad_input.index_add_(0, position.flatten(), (softmax @ vectors + to_own).flatten(0, 1))
+                    grad_input.index_add_(0, position.flatten(), (softmax @ vectors + slope * targets).flatten(0, 1))
                 if weight_needed:
                     to_items = softmax.transpose(1, 2) @ hidden
                     grad_weight.index_add_(0, items[bucket].clamp(min=0).flatten(), to_items.flatten(0, 1))
@@ -202,13 +201,17 @@ def bucket_logits(
     item: torch.Tensor,
     rounding: torch.dtype | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of b buckets: logits [b, X, Y], -inf at own targets and -1; own logits [b, X]; hidden states and item vectors."""
-    position = position.clamp(min=0)
-    hidden = reference.read(input[position], rounding, dtype)
-    vectors = reference.read(weight[item.clamp(min=0)], rounding, dtype)
-    own_item = target[position]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of b buckets: logits [b, X, Y], -inf at own targets and -1; own logits [b, X]; hidden states, and vectors of the
+    items and of the own targets, zero at -1."""
+
+    def gather(matrix: torch.Tensor, rows: torch.Tensor, none: torch.Tensor) -> torch.Tensor:
+        return reference.without(reference.read(matrix[rows], rounding, dtype), none)
+
+    own_item = target[position.clamp(min=0)]
+    hidden = gather(input, position.clamp(min=0), position < 0)
+    targets = gather(weight, own_item, position < 0)
+    vectors = gather(weight, item.clamp(min=0), item < 0)
     scores = hidden @ vectors.transpose(1, 2)
     scores.masked_fill_((item[:, None, :] == own_item[:, :, None]) | (item < 0)[:, None, :], -torch.inf)
-    own = (hidden * reference.read(weight[own_item], rounding, dtype)).sum(2)
-    return scores, own, hidden, vectors
+    return scores, (hidden * targets).sum(2), hidden, vectors, targets

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E
-from recbole_cce.ops.triton.full_kernels import finish, logits
-from recbole_cce.ops.triton.tile_kernels import add_product, add_rows, load_rows, store_rows
+from recbole_cce.ops.triton.full_kernels import finish
+from recbole_cce.ops.triton.tile_kernels import add_product, add_rows, load_rows, logits, store_rows
 
 UNITS_16 = tl.constexpr(14.0)  # fp16 takes probabilities in units in which 1 is 2^14, or small ones would underflow
 

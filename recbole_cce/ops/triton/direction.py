@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from recbole_cce.ops.triton.launch import custom_op
+
 BLOCK = 4096  # numbers of a program
 
 
@@ -37,7 +39,7 @@ def scale_kernel(
         tl.store(direction_ptr + o, b_d * b_g, mask=o < numbers)
 
 
-@torch.library.custom_op("recbole_cce::scale_direction", mutates_args=("direction",))
+@custom_op("scale_direction", mutates_args=("direction",))
 def scale_direction(
     direction: torch.Tensor, grad: torch.Tensor, unit: Optional[torch.Tensor], residual: Optional[torch.Tensor]
 ) -> None:

@@ -13,37 +13,9 @@ import triton
 import triton.language as tl
 
 from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E, log_1p
-from recbole_cce.ops.triton.tile_kernels import add_product, load_rows
+from recbole_cce.ops.triton.tile_kernels import add_product, load_rows, logits
 
 SAFE_MASS = tl.constexpr(2.0**64)  # far below what fp32 and bf16 hold, so that sums of vectors cannot overflow either
-
-
-@triton.jit
-def halves(b_x):
-    """Even and odd columns."""
-    return tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
-
-
-@triton.jit
-def logits(b_x, b_y, PRECISION: tl.constexpr):
-    """b_x @ b_y.T in fp32."""
-    LONG: tl.constexpr = b_x.shape[1] >= 64
-    if LONG and b_x.dtype == tl.float32:  # in this order: Triton 3.2 takes no other
-        # Without tensor cores a product adds up its terms one by one: four sums have half the error of one. For the
-        # last argument see add_product().
-        b_x0, b_x1 = halves(b_x)
-        b_y0, b_y1 = halves(b_y)
-        b_x00, b_x01 = halves(b_x0)
-        b_x10, b_x11 = halves(b_x1)
-        b_y00, b_y01 = halves(b_y0)
-        b_y10, b_y11 = halves(b_y1)
-        b_s0 = tl.dot(b_x00, tl.trans(b_y00), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s1 = tl.dot(b_x01, tl.trans(b_y01), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s2 = tl.dot(b_x10, tl.trans(b_y10), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s3 = tl.dot(b_x11, tl.trans(b_y11), input_precision=PRECISION, max_num_imprecise_acc=1)
-        return (b_s0 + b_s1) + (b_s2 + b_s3)
-    else:
-        return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
 
 
 @triton.jit
@@ -79,7 +51,8 @@ def sweep(
     UP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """BM positions against the rows first..last-1 of the table, without their targets and the padding row.
+    """BM positions against the rows first..last-1 of the table, without their targets and the padding row, which is not
+    even read: it may be NaN, and 0 * NaN is NaN. With TMA, which reads all rows, it is none of these.
 
     low..high: the range of the targets. Returns the reference, and in its units the mass [BM] and, with DIRECTION, the
     sum of exp2(s - reference) W_j [BM, BD]. ONLINE: the reference follows the largest logit, UP above it.
@@ -93,7 +66,8 @@ def sweep(
         if TMA:
             b_w = w_desc.load([start, 0])
         else:
-            b_w = load_rows(w_ptr, o_v, stride_wn, stride_wd, o_v < num_rows, o_d, D, DTYPE)
+            m_v = (o_v < num_rows) & (o_v != padding_idx)
+            b_w = load_rows(w_ptr, o_v, stride_wn, stride_wd, m_v, o_d, D, DTYPE)
         b_s = logits(b_h, b_w, PRECISION)
         stop = start + BV
         own = (start <= high) & (stop > low)
@@ -216,7 +190,8 @@ def full_forward_kernel(
         b_own = own_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D, DTYPE)
         low = tl.min(tl.where(m_n, b_y, num_rows), 0)
         high = tl.max(b_y, 0)
-        first = i_s * split_rows
+        # padding in front is left out by beginning behind it
+        first = i_s * split_rows + tl.where(padding_idx == 0, 1, 0)
         last = tl.minimum(first + split_rows, num_rows)
         # fp16 takes probabilities down to 2^-38 of the largest, in units in which that is 2^14
         UP: tl.constexpr = 14.0 if DTYPE == tl.float16 else 0.0  # noqa: SIM300

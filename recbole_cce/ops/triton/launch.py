@@ -1,8 +1,9 @@
-"""What every launch of a kernel needs to know: the chip's shared memory, precision of products, shapes of matrices."""
+"""What every launch needs: the device, its shared memory, the precision of products, how matrices lie in memory."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,23 @@ import triton.language as tl
 
 BUFFER_ELEMENTS = 2**23  # fp32 numbers, or keys of twice the size, that are held at a time
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """A torch.library.custom_op of ours that launches on the device of its first argument.
+
+    Triton launches on the current device, whatever the device of the pointers is.
+    """
+
+    def register(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+        @functools.wraps(function)
+        def on_device(first: torch.Tensor, *args: Any) -> Any:
+            with torch.cuda.device_of(first):
+                return function(first, *args)
+
+        return torch.library.custom_op(f"recbole_cce::{name}", on_device, mutates_args=mutates_args)
+
+    return register
 
 
 def padded(size: int) -> int:

@@ -13,9 +13,10 @@ from typing import Any, Optional
 import torch
 import triton
 
+from recbole_cce.ops.derivatives import first_derivative
 from recbole_cce.ops.triton.direction import scale_direction
 from recbole_cce.ops.triton.full_kernels import full_combine_kernel, full_forward_kernel, full_weight_gradient_kernel
-from recbole_cce.ops.triton.launch import matrix_options, num_processors, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import custom_op, matrix_options, num_processors, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
 
 try:
@@ -125,7 +126,7 @@ def linear_cross_entropy(
     return forward(input, weight, hidden, table, target, padding_idx, dtype, with_direction)[0]
 
 
-@torch.library.custom_op("recbole_cce::linear_cross_entropy", mutates_args=())
+@custom_op("linear_cross_entropy")
 def forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -180,7 +181,8 @@ def forward(
         "DIRECTION": with_direction,
         **common_options(hidden, table, target, order, bounds, dtype),
     }
-    desc = descriptor(table, blocks.stream, dtype)
+    # which cannot leave out a row in the middle
+    desc = descriptor(table, blocks.stream, dtype) if padding_idx in (None, 0) else None
     launch = functools.partial(
         full_forward_kernel[(programs, splits)],
         **options,
@@ -240,7 +242,7 @@ def direction_shapes(input: torch.Tensor, with_direction: bool) -> tuple[tuple[i
     return input.shape if with_direction else (0,), input.shape if with_direction and input.itemsize == 2 else (0,)
 
 
-@torch.library.custom_op("recbole_cce::linear_cross_entropy_weight_gradient", mutates_args=())
+@custom_op("linear_cross_entropy_weight_gradient")
 def weight_gradient(
     grad: torch.Tensor,
     hidden: torch.Tensor,
@@ -337,6 +339,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(hidden, table, target, *rest)
 
 
+@first_derivative
 def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     """Scale the directions; sum up the rows of the table, when the residual's memory is free again."""
     hidden, table, target, *rest = ctx.saved_tensors

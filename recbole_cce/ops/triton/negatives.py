@@ -26,15 +26,22 @@ def once(numbers):
 
 
 @triton.jit
+def choose(word0, word1, size):
+    """64 random bits, word0 the higher ones -> int32 in [0, size): the high word of their product."""
+    b_size = tl.full(word0.shape, size, tl.uint32)
+    return ((word0.to(tl.uint64) * b_size + tl.umulhi(word1, b_size)) >> 32).to(tl.int32)
+
+
+@triton.jit
 def draw_rows(seed, o_draw, table_ptr, num_items, padding_idx, POPULARITY: tl.constexpr):
     """Rows of the item table, int32, at the int64 numbers `o_draw` of the draws."""
     # tl.randint4x spelt out: before Triton 3.4 it draws 64-bit words where the numbers are 64-bit
     low, high = o_draw.to(tl.uint32), (o_draw >> 32).to(tl.uint32)
-    word0, word1, _, _ = tl.philox(seed, low, high, low * 0, low * 0)
-    item = tl.umulhi(word0, tl.full(word0.shape, num_items, tl.uint32)).to(tl.int32)
+    word0, word1, word2, _ = tl.philox(seed, low, high, low * 0, low * 0)
+    item = choose(word0, word1, num_items)
     if POPULARITY:
         p_entry = table_ptr + item.to(tl.int64) * 2
-        keep = word1 < tl.load(p_entry).to(tl.uint32, bitcast=True)
+        keep = word2 < tl.load(p_entry).to(tl.uint32, bitcast=True)
         item = tl.where(keep, item, tl.load(p_entry + 1))
     return item + (item >= padding_idx).to(tl.int32)
 

@@ -46,12 +46,13 @@ def own_forward_kernel(
     """
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
-    m_d = o_d < D
     y = tl.load(y_ptr + i_n * stride_y)
+    m_d = o_d < D
+    m_y = o_d < tl.where(y == padding_idx, 0, D)  # an ignored row may be NaN: it is not read
     seed = tl.load(seed_ptr)
-    b_h = tl.load(h_ptr + i_n * stride_hn + o_d * stride_hd, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+    b_h = tl.load(h_ptr + i_n * stride_hn + o_d * stride_hd, mask=m_y, other=0.0).to(DTYPE).to(tl.float32)
     p_target = w_ptr + y * stride_wn + o_d * stride_wd
-    own = tl.sum(b_h * tl.load(p_target, mask=m_d, other=0.0).to(DTYPE).to(tl.float32), 0) * LOG2_E
+    own = tl.sum(b_h * tl.load(p_target, mask=m_y, other=0.0).to(DTYPE).to(tl.float32), 0) * LOG2_E
 
     largest = own
     mass = 0.0
@@ -92,7 +93,7 @@ def own_forward_kernel(
     tl.store(loss_ptr + i_n, tl.where(y == padding_idx, 0.0, loss))
     tl.store(slope_ptr + i_n, slope)
     if DIRECTION:
-        b_target = tl.load(p_target, mask=m_d, other=0.0).to(DTYPE).to(tl.float32)
+        b_target = tl.load(p_target, mask=m_y, other=0.0).to(DTYPE).to(tl.float32)
         b_d = tl.sum(b_sum, 0) / total + slope * b_target
         if unit_ptr is not None:
             b_d *= tl.load(unit_ptr)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 import triton
 
-from recbole_cce.ops.triton.launch import DTYPES, padded, precision
+from recbole_cce.ops.derivatives import first_derivative
+from recbole_cce.ops.triton.launch import DTYPES, custom_op, padded, precision
 from recbole_cce.ops.triton.packed_kernels import packed_backward_kernel, packed_forward_kernel
 
 
@@ -54,7 +55,7 @@ def packed_attention(
     return forward(query, key, value, spans.contiguous(), seed, dropout_p)[0]
 
 
-@torch.library.custom_op("recbole_cce::packed_attention", mutates_args=())
+@custom_op("packed_attention")
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -95,7 +96,7 @@ def _(
     return query.new_empty(query.shape), query.new_empty(heads, places, dtype=torch.float32)
 
 
-@torch.library.custom_op("recbole_cce::packed_attention_gradients", mutates_args=())
+@custom_op("packed_attention_gradients")
 def gradients(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -154,6 +155,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
+@first_derivative
 def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple:
     """All three gradients, from one launch."""
     if grad is None:

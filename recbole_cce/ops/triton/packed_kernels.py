@@ -74,7 +74,7 @@ def packed_forward_kernel(
     b_max = tl.full([BM], LOWEST, tl.float32)
     b_mass = tl.zeros([BM], tl.float32)
     b_sum = tl.zeros([BM, BD], tl.float32)
-    first = tl.load(span_ptr + 2 * (i_block * BM).to(tl.int64)) // 4 * 4
+    first = tl.maximum(tl.load(span_ptr + 2 * (i_block * BM).to(tl.int64)), 0) // 4 * 4
     last = tl.minimum(i_block * BM + BM, places)
     for start in range(first, last, BN):
         o_n = start + tl.arange(0, BN)
@@ -190,7 +190,7 @@ def packed_backward_kernel(
         b_lse = tl.load(lse_ptr + o_s, mask=m_s, other=0.0)
         b_start = tl.load(span_ptr + 2 * o_s.to(tl.int64), mask=m_s, other=NOWHERE)
         b_grad_q = tl.zeros([STAY, BD], tl.float32)
-        first = tl.load(span_ptr + 2 * (i_block * STAY).to(tl.int64)) // 4 * 4
+        first = tl.maximum(tl.load(span_ptr + 2 * (i_block * STAY).to(tl.int64)), 0) // 4 * 4
         for start in range(first, last, STREAM):
             o_n = start + tl.arange(0, STREAM)
             b_k = load_rows(k_ptr, o_n, stride_kp, 1, o_n < last, o_d, D, DTYPE)
@@ -206,7 +206,7 @@ def packed_backward_kernel(
         b_v = load_rows(v_ptr, o_s, stride_vp, 1, m_s, o_d, D, DTYPE)
         b_grad_k = tl.zeros([STAY, BD], tl.float32)
         b_grad_v = tl.zeros([STAY, BD], tl.float32)
-        end = tl.load(span_ptr + 2 * (last - 1).to(tl.int64) + 1)
+        end = tl.minimum(tl.load(span_ptr + 2 * (last - 1).to(tl.int64) + 1), places)
         for start in range(i_block * STAY, end, STREAM):
             o_m = start + tl.arange(0, STREAM)
             m_m = o_m < end

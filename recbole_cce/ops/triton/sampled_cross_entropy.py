@@ -12,10 +12,11 @@ from typing import Any, Optional
 import torch
 import triton
 
+from recbole_cce.ops.derivatives import first_derivative
 from recbole_cce.ops.negatives import Popularity, num_groups
 from recbole_cce.ops.reference.sampled_cross_entropy import Draws
 from recbole_cce.ops.triton.direction import scale_direction
-from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, matrix_options, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, custom_op, matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel
 from recbole_cce.ops.triton.tile_kernels import tile_forward_kernel, tile_weight_gradient_kernel
@@ -32,8 +33,24 @@ class Blocks:
     halves: bool = False
 
 
+HOPPER_MEMORY = 200 * 2**10  # bytes of shared memory: chips that multiply out of it have more
+ROOM = 15 / 16  # of a chip's shared memory is planned with: another Triton may take some more
+
+
+def tile_bytes(blocks: Blocks, width: int, itemsize: int) -> int:
+    """Bytes of shared memory that the tile kernels take at most on chips that multiply out of registers.
+
+    Rows arrive in fp32; as halves they are used in 16 bits before the others come. Products in fp32 have one of their
+    sides there twice.
+    """
+    rows = blocks.positions + blocks.negatives
+    if itemsize == 4:
+        rows += max(blocks.positions, blocks.negatives)
+    return rows * width * (2 if blocks.halves and itemsize == 2 else 4)
+
+
 def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradient: bool = False) -> Blocks:
-    """The first blocks, in order of preference, whose tiles fit in shared memory.
+    """The first blocks, in order of preference, whose tiles fit in shared memory and do not spill registers.
 
     Args:
         depth: positions that share a draw.
@@ -43,16 +60,37 @@ def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradien
         gradient: of the kernel that computes the gradient of the table.
     """
     width = padded(dim)
-    if itemsize == 4:  # products without tensor cores keep their operands in registers: small tiles
-        blocks = Blocks(16 if width > 256 else 32, 16 if width > 256 else 32, 4, 2)
-        return replace(blocks, positions=min(blocks.positions, padded(depth)))
+    if itemsize == 2 and shared_memory >= HOPPER_MEMORY:
+        blocks = hopper_blocks(width, shared_memory, gradient)
+    else:
+        options = register_blocks(width, itemsize, gradient)
+        memory = ROOM * shared_memory
+        blocks = next((option for option in options if tile_bytes(option, width, itemsize) <= memory), options[-1])
+    return replace(blocks, positions=min(blocks.positions, padded(depth)))
+
+
+def register_blocks(width: int, itemsize: int, gradient: bool) -> list[Blocks]:
+    """Blocks where operands and sums of products are in registers: before Hopper, on consumer chips, and in fp32."""
+    if itemsize == 4:
+        if width <= 64:
+            return [Blocks(32, 32, 8, 1)]
+        return [Blocks(32, 16, 8, 1)] if width <= 128 else [Blocks(16, 16, 8, 1, gradient and width > 256)]
+    if width <= 64:
+        return [Blocks(128 if gradient else 64, 64, 4, 1)]
+    if width <= 256:
+        return [Blocks(128 if width <= 128 else 64, 64, 8, 1, True) if gradient else Blocks(64, 32, 8, 2)]
+    return [Blocks(32, 32, 8, 1, True)] if gradient else [Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1)]
+
+
+def hopper_blocks(width: int, shared_memory: int, gradient: bool) -> Blocks:
+    """Blocks of 16-bit products where these read shared memory."""
     if width <= (256 if gradient else 64):
         # small programs hide each other's waiting, if two or more fit on a multiprocessor (each takes 1 KiB more)
         positions, halves = (128, width > 128) if gradient else (64, False)
         # hidden states, and by turns vectors in 16 bits, probabilities and what a product takes on its way to memory
         tiles = positions * width * 2 + 64 * max(width * (2 if halves else 4), positions * 2)
         if 2 * (tiles + 2**10) <= shared_memory + 2**10:
-            return Blocks(min(positions, padded(depth)), 64, 4, 1, halves)
+            return Blocks(positions, 64, 4, 1, halves)
     for positions, negatives, stages in ((128, 64, 3), (128, 32, 3), (128, 64, 2), (128, 32, 2), (64, 32, 2)):
         # the accumulator [positions, width] must fit in 128 registers a thread
         if positions * width > 128 * 256:
@@ -65,8 +103,8 @@ def tile_blocks(depth: int, dim: int, itemsize: int, shared_memory: int, gradien
             break
     else:
         positions, negatives, stages = 32, 16, 1
-    # halves save registers; chips before Hopper, where they would cost some, have too little memory for these blocks
-    return Blocks(min(positions, padded(depth)), negatives, 8, stages, (width, negatives, stages) == (256, 64, 3))
+    # halves save registers
+    return Blocks(positions, negatives, 8, stages, (width, negatives, stages) == (256, 64, 3))
 
 
 def sampled_cross_entropy(
@@ -105,7 +143,7 @@ def sampled_cross_entropy(
     )[0]
 
 
-@torch.library.custom_op("recbole_cce::sampled_cross_entropy", mutates_args=())
+@custom_op("sampled_cross_entropy")
 def forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -177,7 +215,7 @@ def _(
     return loss, lse, slope, input.new_empty(input.shape if with_direction else 0)
 
 
-@torch.library.custom_op("recbole_cce::sampled_cross_entropy_weight_gradient", mutates_args=())
+@custom_op("sampled_cross_entropy_weight_gradient")
 def weight_gradient(
     grad: torch.Tensor,
     input: torch.Tensor,
@@ -235,6 +273,8 @@ def weight_gradient(
             own_slope = (slope * grad)[:, None]
             for rows in torch.arange(n, device=input.device).split(max(1, BUFFER_ELEMENTS // dim)):
                 shares = own_slope[rows] * input[rows].to(dtype).float()
+                if padding_idx is not None:
+                    shares.masked_fill_((target[rows] == padding_idx)[:, None], 0)
                 grad_weight.index_put_((target[rows],), shares, accumulate=True)
     return grad_weight.to(weight.dtype)
 
@@ -330,6 +370,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, lse, slope)
 
 
+@first_derivative
 def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     """Scale the directions; sum up the rows of the table."""
     *tensors, unit, lse, slope = ctx.saved_tensors

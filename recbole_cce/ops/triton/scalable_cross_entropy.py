@@ -9,8 +9,9 @@ from typing import Any, Optional
 import torch
 import triton
 
+from recbole_cce.ops.derivatives import first_derivative
 from recbole_cce.ops.triton import bucket_kernels
-from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, matrix_options, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, custom_op, matrix_options, padded, precision, shared_memory
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.scalable_blocks import bucket_blocks
 from recbole_cce.ops.triton.selection import top_rows
@@ -66,7 +67,7 @@ def bucket_cross_entropy(
     return forward(input, weight, table, target, positions, items, padding_idx, dtype)[:2]
 
 
-@torch.library.custom_op("recbole_cce::bucket_cross_entropy", mutates_args=())
+@custom_op("bucket_cross_entropy")
 def forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -141,7 +142,7 @@ def peak_shape(positions: torch.Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     return (*positions.shape, 2) if dtype == torch.float32 else (0,)
 
 
-@torch.library.custom_op("recbole_cce::bucket_cross_entropy_gradients", mutates_args=())
+@custom_op("bucket_cross_entropy_gradients")
 def gradients(
     grad: torch.Tensor,
     input: torch.Tensor,
@@ -287,6 +288,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, loss, *rest[1:])
 
 
+@first_derivative
 def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
     """The gradients of input and weight that are needed."""
     input_needed, weight_needed = ctx.needs_input_grad[:2]

@@ -9,6 +9,7 @@ import triton
 from recbole_cce.ops.triton import selection_kernels
 from recbole_cce.ops.triton.launch import (
     BUFFER_ELEMENTS,
+    custom_op,
     matrix_options,
     num_processors,
     precision,
@@ -23,7 +24,7 @@ SPARE = 4  # keys that a direction has memory for, in units of what it selects
 MIN_CAPACITY = 4096
 
 
-@torch.library.custom_op("recbole_cce::top_rows", mutates_args=())
+@custom_op("top_rows")
 def top_rows(
     directions: torch.Tensor, table: torch.Tensor, target: Optional[torch.Tensor], k: int, padding_idx: Optional[int]
 ) -> torch.Tensor:

@@ -60,6 +60,43 @@ def own_weight(b_own, positive_weight):
 
 
 @triton.jit
+def halves(b_x):
+    """Even and odd columns."""
+    return tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def logits(b_x, b_y, PRECISION: tl.constexpr):
+    """b_x @ b_y.T in fp32."""
+    LONG: tl.constexpr = b_x.shape[1] >= 64
+    if LONG and b_x.dtype == tl.float32:  # in this order: Triton 3.2 takes no other
+        # Without tensor cores a product adds up its terms one by one: four sums have half the error of one. For the
+        # last argument see add_product().
+        b_x0, b_x1 = halves(b_x)
+        b_y0, b_y1 = halves(b_y)
+        b_x00, b_x01 = halves(b_x0)
+        b_x10, b_x11 = halves(b_x1)
+        b_y00, b_y01 = halves(b_y0)
+        b_y10, b_y11 = halves(b_y1)
+        b_s0 = tl.dot(b_x00, tl.trans(b_y00), input_precision=PRECISION, max_num_imprecise_acc=1)
+        b_s1 = tl.dot(b_x01, tl.trans(b_y01), input_precision=PRECISION, max_num_imprecise_acc=1)
+        b_s2 = tl.dot(b_x10, tl.trans(b_y10), input_precision=PRECISION, max_num_imprecise_acc=1)
+        b_s3 = tl.dot(b_x11, tl.trans(b_y11), input_precision=PRECISION, max_num_imprecise_acc=1)
+        return (b_s0 + b_s1) + (b_s2 + b_s3)
+    else:
+        return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+
+
+@triton.jit
+def add_logits(b_s, b_x, b_y, PRECISION: tl.constexpr):
+    """b_s + b_x @ b_y.T in fp32."""
+    if b_x.dtype == tl.float32:
+        return b_s + logits(b_x, b_y, PRECISION)
+    else:
+        return tl.dot(b_x, tl.trans(b_y), b_s, input_precision=PRECISION)
+
+
+@triton.jit
 def add_product(b_p, b_w, b_sum, PRECISION: tl.constexpr):
     """b_sum + b_p @ b_w, the sum in fp32."""
     if b_w.dtype == tl.float32:
@@ -135,16 +172,21 @@ def tile_forward_kernel(
     b_mass = tl.zeros([BM], tl.float32)
     b_sum = tl.zeros([BM, BC], tl.float32)
     b_sum2 = b_sum
+    # wide rows of fp32 do not stay in registers as operands: they are read again, from a place that the compiler takes
+    # for another one in each round
+    REREAD: tl.constexpr = (DTYPE == tl.float32) & (BD >= 256)  # noqa: SIM300
     first_draw = i_group.to(tl.int64) * num_negatives
     for i_k in range(0, num_negatives, BK):
         o_k = i_k + tl.arange(0, BK)
         b_row = once(draw_rows(seed, first_draw + o_k, table_ptr, num_items, padding_idx, POPULARITY))
         m_k = o_k < num_negatives
         b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, o_d, D, DTYPE)
-        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION)
+        if REREAD:
+            b_h = load_rows(h_ptr, o_n + tl.minimum(i_k, 0), stride_hn, stride_hd, m_n, o_d, D, DTYPE)
+        b_s = logits(b_h, b_w, PRECISION)
         if HALVES:
             b_w2 = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, BC + o_d, D, DTYPE)
-            b_s = tl.dot(b_h2, tl.trans(b_w2), b_s, input_precision=PRECISION)
+            b_s = add_logits(b_s, b_h2, b_w2, PRECISION)
         b_s = b_s * LOG2_E - logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY, CORRECT)[None, :]
         b_s = tl.where(b_row[None, :] != b_y[:, None], b_s, -float("inf"))
         if BINARY:
@@ -179,10 +221,12 @@ def tile_forward_kernel(
         b_row = tl.load(y_ptr + o_i * stride_y, mask=m_t, other=0)
         m_t &= b_row != padding_idx
         b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_t, o_d, D, DTYPE)
-        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION)
+        if REREAD:
+            b_h = load_rows(h_ptr, o_n + tl.minimum(i_m, 0), stride_hn, stride_hd, m_n, o_d, D, DTYPE)
+        b_s = logits(b_h, b_w, PRECISION)
         if HALVES:
             b_w2 = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_t, BC + o_d, D, DTYPE)
-            b_s = tl.dot(b_h2, tl.trans(b_w2), b_s, input_precision=PRECISION)
+            b_s = add_logits(b_s, b_h2, b_w2, PRECISION)
         m_own = o_m[:, None] == o_t[None, :]
         b_own += tl.sum(tl.where(m_own, b_s, 0.0), 1) * LOG2_E
         if BINARY:
@@ -302,10 +346,10 @@ def tile_weight_gradient_kernel(
         b_row = once(draw_rows(seed, first_draw + o_k, table_ptr, num_items, padding_idx, POPULARITY))
         m_k = o_k < num_negatives
         b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, o_d, D, DTYPE)
-        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION)
+        b_s = logits(b_h, b_w, PRECISION)
         if HALVES:
             b_w = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_k, BC + o_d, D, DTYPE)
-            b_s = tl.dot(b_h2, tl.trans(b_w), b_s, input_precision=PRECISION)
+            b_s = add_logits(b_s, b_h2, b_w, PRECISION)
         b_s = b_s * LOG2_E - logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY, CORRECT)[None, :]
         b_p = (sigmoid(b_s) if BINARY else tl.exp2(b_s - b_lse[:, None])) * b_g[:, None]
         b_p = tl.trans(tl.where(b_row[None, :] != b_y[:, None], b_p, 0.0).to(DTYPE))

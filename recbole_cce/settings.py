@@ -104,6 +104,11 @@ def _columns() -> Check:
     )
 
 
+def _seconds() -> tuple[str, Callable[[Any], bool]]:
+    valid, accepts = _real(0)
+    return f"{valid} or auto", lambda value: value == "auto" or accepts(value)
+
+
 def intervals(value: Any) -> list[tuple[str, float, float, str]]:
     """The intervals of a text such as `[5,inf)` or `(0,1];[3,4)`: left bracket, ends, right bracket of each.
 
@@ -255,6 +260,10 @@ KEYS: dict[str, Key] = {
     "compile_encoder": Key(
         "torch.compile of the encoder's training steps; auto: where a run is long enough to pay it back",
         *_one_of("auto", True, False),
+    ),
+    "checkpoint_interval": Key(
+        "seconds between two files of a run at least; auto: so many that saving takes 5% of its time at most",
+        *_seconds(),
     ),
     "adam_betas": Key("beta1 and beta2 of adam and adamw", "two numbers in [0, 1), such as [0.9, 0.98]", _betas),
     "repeat_bias": Key(

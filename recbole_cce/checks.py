@@ -196,7 +196,11 @@ def keys_of_recbole() -> frozenset[str]:
     keys = {key for file in files for key in re.findall(r"^(\w+)\s*:", file.read_text("utf-8"), re.MULTILINE)}
     for name in ("general", "training", "evaluation", "dataset"):
         keys.update(getattr(argument_list, f"{name}_arguments"))
-    return frozenset(keys | keys_in_code(tuple(RECBOLE.rglob("*.py"))) | {"resume", "config_files", "group_offset"})
+    return frozenset(
+        keys
+        | keys_in_code(tuple(RECBOLE.rglob("*.py")))
+        | {"resume", "trust_checkpoint", "config_files", "group_offset"}
+    )
 
 
 @functools.cache

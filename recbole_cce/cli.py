@@ -9,6 +9,7 @@ import math
 import platform
 import re
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -29,11 +30,13 @@ from recbole_cce import (
     compat,
     config_sources,
     errors,
+    interrupts,
     ops,
     plan,
     quick_start,
     recommend,
     registry,
+    saved_config,
     settings,
 )
 from recbole_cce.errors import UserError
@@ -58,6 +61,10 @@ Every other key of RecBole's configuration is a flag too, as --key=value. Flags 
 """
 MOST_GIB = 10**6
 TRUST = ("--trust-checkpoint", "--trust_checkpoint")
+TRUST_HELP = (
+    "read files of pickled objects, which may run any code: a checkpoint of stock RecBole, which is then written anew "
+    "as a safe one"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,9 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint_dir. Give the other flags of that run again",
     )
     parser.add_argument(
-        *TRUST,
-        action="store_true",
-        help="let --resume read a file of stock RecBole, which may run any code; it is written anew as a safe one",
+        *TRUST, action="store_true", help=f"{TRUST_HELP}; a data set that save_dataset or save_dataloaders has written"
     )
     parser.add_argument("--nproc", type=whole(1), default=1, help="processes on this machine, one GPU each")
     parser.add_argument("--ip", default="localhost", help="address of the first machine")
@@ -97,7 +102,7 @@ def recommend_parser() -> argparse.ArgumentParser:
     """Flags of `recommend`."""
     parser = checkpoint_parser("recommend", "Write the best items for each user, in external tokens.")
     parser.add_argument("--output", required=True, help="a .csv or .parquet file: user, item, rank, score")
-    parser.add_argument("--k", type=whole(1), default=50, help="items a user (default: 50)")
+    parser.add_argument("--k", type=int, default=50, help="items a user (default: 50)")
     parser.add_argument("--users", help="file with one user token a line (default: all users)")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out items that the user has had")
     return parser
@@ -223,6 +228,7 @@ def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser
     """A parser of a command that uses a trained model."""
     parser = Parser(command, description)
     parser.add_argument("--checkpoint", required=True, help="file in saved/ that training has written")
+    parser.add_argument(*TRUST, action="store_true", help=TRUST_HELP)
     return parser
 
 
@@ -246,16 +252,15 @@ def keys_help() -> str:
 def main() -> None:
     """Run what sys.argv asks for; a mistake of the user's is one line on stderr and exit status 2."""
     try:
-        with errors.refusals_of_recbole():
-            if sys.argv[1:] == ["doctor"]:
-                print(doctor())
-            elif sys.argv[1:] and sys.argv[1] in COMMANDS:
-                command_parser, command = COMMANDS[sys.argv[1]]
-                # RecBole's Config would look for keys in what is left in sys.argv
-                flags, sys.argv[1:] = sys.argv[2:], []
-                command(**vars(command_parser().parse_args(flags)))
-            else:
-                quick_start.run(**arguments())
+        with interrupts.answered(), errors.refusals_of_recbole():
+            run_command()
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:  # training says more
+            print(
+                "\ninterrupted; --resume goes on with training from the last checkpoint, if there is one",
+                file=sys.stderr,
+            )
+        sys.exit(128 + signal.SIGINT)
     except RankFailed as error:
         parser().exit(1, f"{Path(sys.argv[0]).name}: error: {error}\n")
     except Exception as error:
@@ -265,6 +270,19 @@ def main() -> None:
         message = " ".join(str(error).split())
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
         sys.exit(2)
+
+
+def run_command() -> None:
+    """What sys.argv asks for."""
+    if sys.argv[1:] == ["doctor"]:
+        print(doctor())
+    elif sys.argv[1:] and sys.argv[1] in COMMANDS:
+        command_parser, command = COMMANDS[sys.argv[1]]
+        # RecBole's Config would look for keys in what is left in sys.argv
+        flags, sys.argv[1:] = sys.argv[2:], []
+        command(**vars(command_parser().parse_args(flags)))
+    else:
+        quick_start.run(**arguments())
 
 
 def arguments() -> dict[str, Any]:
@@ -289,14 +307,18 @@ def arguments() -> dict[str, Any]:
     config = quick_start.configuration(model, dataset, files)
     checks.check_valid_metric(config)
     checks.check_gpus(config, args.nproc)
-    file = resumed_file(args.resume, args.trust_checkpoint, config)
+    checkpoints.check(config)
+    asked = {
+        "resume": resumed_file(args.resume, args.trust_checkpoint, config),
+        "trust_checkpoint": args.trust_checkpoint,
+    }
     names = ("nproc", "world_size", "ip", "group_offset")
     return (
         {
             "model": model,
             "dataset": dataset,
             "config_file_list": files,
-            "config_dict": {"resume": file} if file else {},
+            "config_dict": {key: value for key, value in asked.items() if value},
         }
         | {name: getattr(args, name) for name in names}
         | {"port": str(args.port)}
@@ -327,27 +349,18 @@ def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str 
     """The checkpoint that --resume (True: without a value) asks for, checked before any data is read.
 
     Raises:
-        UserError: there is none, it is damaged, not to be trusted, or one of another model or data set.
+        UserError: there is none, it is damaged, not to be trusted, or one of another run.
     """
     if resume is None:
-        if trust:
-            raise UserError("--trust-checkpoint is of use with --resume only")
         return None
-    names = (config["model"], config["dataset"])
     if resume is True:
-        file = checkpoints.newest(config["checkpoint_dir"], *names, trust)
+        file = checkpoints.newest(config["checkpoint_dir"], config["model"], config["dataset"], trust)
     else:
         file = Path(resume)
         if not file.is_file():
             raise UserError(f"--resume: there is no file {resume!r}")
-        saved = checkpoints.read(file, trust)["config"]
-        if (saved["model"], saved["dataset"]) != names:
-            raise UserError(
-                f"--resume: {file} is a checkpoint of {saved['model']} on {saved['dataset']}, not of "
-                f"{' on '.join(names)}"
-            )
-    if trust:
-        checkpoints.make_safe(file)
+    state = checkpoints.make_safe(file) if trust else checkpoints.read(file)
+    saved_config.check_resumed(state["config"], config, f"--resume: {file}")
     return str(file)
 
 

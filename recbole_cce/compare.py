@@ -41,7 +41,7 @@ SAME = (
     *("user_inter_num_interval", "item_inter_num_interval"),
 )
 # keys that change no result: a run with another value of these is the same run
-ASIDE = {"checkpoint_dir", "show_progress", "state", "gpu_id", "log_wandb", "wandb_project"}
+ASIDE = {"checkpoint_dir", "checkpoint_interval", "show_progress", "state", "gpu_id", "log_wandb", "wandb_project"}
 TEST_SECONDS = 25  # kept free before the deadline for the tests
 TABLE_SECONDS = 4  # and for the tables
 

@@ -9,14 +9,12 @@ answered for *our* models alone, by subclasses in trainer.py, evaluation.py and 
 from __future__ import annotations
 
 import builtins
-import collections
 import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
-import logging
 import os
+import secrets
 import sys
 import types
 import warnings
@@ -30,7 +28,8 @@ import pandas as pd
 import scipy.sparse
 import torch
 
-from recbole_cce import checkpoints, seeds
+from recbole_cce import seeds
+from recbole_cce.errors import UserError
 
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
@@ -225,50 +224,63 @@ def literals_only() -> str:
 def safe_checkpoints() -> str | None:
     """Make checkpoints that stock torch.load reads with weights_only=True, its default since 2.6 (#2155, #2212).
 
-    RecBole writes pickle protocol 4, which the safe unpickler refuses, with its own classes inside. The file is also
-    written beside its destination and renamed, so a crash leaves the last good one.
+    RecBole pickles its own classes into them, and reads them onto the device with all that training needs besides the
+    weights. They are of plain values and tensors here, written beside their destination and renamed, so that a crash
+    leaves the last good one, and read as needed.
     """
-    from recbole.trainer.trainer import Trainer
-
-    torch.serialization.add_safe_globals(classes_in_checkpoints())
-    Trainer._checkpoint_state = checkpoint_state
-    Trainer._save_checkpoint = save_checkpoint
-    return f"torch {torch.__version__} loads checkpoints with weights_only=True; they are written to suit it"
-
-
-def classes_in_checkpoints() -> list[Any]:
-    """What RecBole puts in a checkpoint besides tensors and numbers.
-
-    All hold the Config and with it the class of the model; ItemKNN, EASE and the like NumPy and SciPy arrays; DIN,
-    FDSA, SASRecF and the like a layer with their data set.
-    """
-    import yaml
-    from recbole.config import Config
-    from recbole.data import dataset, interaction
-    from recbole.model import layers
     from recbole.model.abstract_recommender import AbstractRecommender
-    from recbole.sampler import sampler
-    from recbole.utils import enum_type
+    from recbole.trainer import trainer as module
 
-    def subclasses(cls: type) -> Iterator[type]:
-        for child in cls.__subclasses__():
-            yield child
-            yield from subclasses(child)
+    from recbole_cce import checkpoints, saved_config
 
-    for package in ("general", "sequential", "context_aware", "knowledge_aware"):
-        importlib.import_module(f"recbole.model.{package}_recommender")
-    of_recbole = [
-        cls
-        for module in (dataset, interaction, layers, sampler, enum_type)
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if cls.__module__.startswith("recbole.")
-    ]
-    of_numpy = [np.empty(0).__reduce__()[0], np.float64().__reduce__()[0], np.ndarray, np.matrix, np.dtype]
-    of_numpy += [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64", "str", "object")]
-    of_scipy = [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.lil_matrix]
-    of_torch = [torch.nn.Embedding, torch.nn.ModuleList, torch.nn.ModuleDict]
-    others = [Config, yaml.FullLoader, logging.getLogger, list, collections.defaultdict]
-    return [*subclasses(AbstractRecommender), *of_recbole, *of_numpy, *of_scipy, *of_torch, *others]
+    class TorchWithPlainCheckpoints(types.ModuleType):
+        """torch, but with the checkpoints of this package."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def save(self, state: dict[str, Any], file: str, **options: Any) -> None:
+            checkpoints.write(state, Path(file))
+
+        def load(self, file: str, **options: Any) -> dict[str, Any]:
+            return checkpoints.read(file)
+
+    def resume_checkpoint(self: Any, resume_file: Path | str) -> dict[str, Any]:
+        """RecBole's, which also returns what the file holds.
+
+        Raises:
+            UserError: it is damaged, or one of a run that meant something else; names the first such key.
+        """
+        state = checkpoints.read(resume_file)
+        saved_config.check_resumed(state["config"], self.config, resume_file)
+        if "optimizer" not in state:
+            raise UserError(f"{resume_file} holds a trained model alone: there is nothing to go on with")
+        self.model.load_state_dict(state["state_dict"])
+        self.model.load_other_parameter(state.get("other_parameter"))
+        checkpoints.load_moments(self.optimizer, state["optimizer"])
+        self.start_epoch, self.cur_step = state["epoch"] + 1, state["cur_step"]
+        self.best_valid_score, self.saved_model_file = state["best_valid_score"], str(resume_file)
+        self.logger.info(f"Checkpoint loaded. Resume training from epoch {self.start_epoch}")
+        return state
+
+    def load_other_parameter(self: Any, saved: dict[str, Any] | None) -> None:
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        for name, value in (saved or {}).items():
+            setattr(self, name, checkpoints.as_before(value, getattr(self, name, None), device))
+
+    init = module.Trainer.__init__
+
+    def init_with_plain_config(self: Any, config: Any, model: Any) -> None:
+        checkpoints.check(config)  # or it would fail after an epoch
+        init(self, config, model)
+
+    module.torch = TorchWithPlainCheckpoints("torch")
+    module.Trainer.__init__ = init_with_plain_config
+    module.Trainer._checkpoint_state = checkpoint_state
+    module.Trainer._save_checkpoint = save_checkpoint
+    module.Trainer.resume_checkpoint = resume_checkpoint
+    AbstractRecommender.load_other_parameter = load_other_parameter
+    return f"torch {torch.__version__} loads checkpoints with weights_only=True; they hold plain values and tensors"
 
 
 def checkpoint_state(trainer: Any, epoch: int) -> dict[str, Any]:
@@ -290,6 +302,10 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
     Every process calls it, the first one of a machine writes. RecBole lets the others go on meanwhile: they would read
     the file of an older epoch.
     """
+    from recbole.utils import set_color
+
+    from recbole_cce import checkpoints
+
     distributed = not trainer.config["single_spec"]
     if distributed:
         share_file_name(trainer)
@@ -297,8 +313,6 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
         destination = Path(kwargs.pop("saved_model_file", trainer.saved_model_file))
         checkpoints.write(trainer._checkpoint_state(epoch), destination)
         if verbose:
-            from recbole.utils import set_color
-
             trainer.logger.info(set_color("Saving current", "blue") + f": {destination}")
     if distributed:
         torch.distributed.barrier()
@@ -309,6 +323,37 @@ def share_file_name(trainer: Any) -> None:
     names = [trainer.saved_model_file]
     torch.distributed.broadcast_object_list(names)
     trainer.saved_model_file = names[0]
+
+
+def numbers_alone() -> str | None:
+    """Keep LDiffRec from unpickling its item vectors (not reported)."""
+    from recbole.model.general_recommender import ldiffrec
+
+    class NumPyWithoutPickles(types.ModuleType):
+        """numpy, but it loads numbers alone."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+        def load(self, file: str, **options: Any) -> np.ndarray:
+            return np.load(file)
+
+    ldiffrec.np = NumPyWithoutPickles("numpy")
+    return "item vectors of LDiffRec are read as numbers, without pickles"
+
+
+def names_of_their_own() -> str | None:
+    """Give every run files of its own: RecBole names them after the second in which it starts (not reported)."""
+    from recbole.trainer import trainer
+    from recbole.utils import logger, utils
+
+    original = utils.get_local_time
+
+    def get_local_time() -> str:
+        return f"{original()}-{secrets.token_hex(8)}"  # not of the generators that `seed` sets
+
+    utils.get_local_time = logger.get_local_time = trainer.get_local_time = get_local_time
+    return "checkpoints and logs of runs that start in one second have different names"
 
 
 def atomic_files() -> str:
@@ -507,6 +552,8 @@ REPAIRS: list[Callable[[], str | None]] = [
     ray_stand_in,
     exhaustive_search,
     no_anomaly_detection,
+    numbers_alone,
+    names_of_their_own,
     cross_entropy_defaults,
     literals_only,
     safe_checkpoints,

@@ -81,6 +81,9 @@ def launch(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, jo
         failure = _watch(workers, readers, machines)
     except BaseException as error:
         failure = Failure(f"{machines.names()}: {type(error).__name__}")
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Ctrl-C, SIGTERM: they save what they have trained
+            error.args = error.args or ("the processes said how to go on",)
+            _end(workers, patience=None)
         raise
     finally:
         del os.environ[AGENT_STORE]
@@ -155,13 +158,13 @@ def _end_of(code: int) -> str:
     return f"ended with status {code}" if code else "ended before it was done"
 
 
-def _end(workers: list[BaseProcess]) -> None:
-    """End processes, those that do not answer by force."""
+def _end(workers: list[BaseProcess], patience: float | None = TO_END) -> None:
+    """End processes, those that do not answer in time by force."""
     for worker in workers:
         worker.terminate()
-    end = time.monotonic() + TO_END
+    begun = time.monotonic()
     for worker in workers:
-        worker.join(max(0.0, end - time.monotonic()))
+        worker.join(None if patience is None else max(0.0, begun + patience - time.monotonic()))
     for worker in workers:
         worker.kill()  # a stopped one, or one that waits for another inside a library
         worker.join()

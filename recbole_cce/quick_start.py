@@ -7,20 +7,24 @@ imported; HyperTuning takes recbole.quick_start.objective_function.
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable
+from logging import getLogger
 from typing import Any
 
 import recbole.quick_start
 import recbole.quick_start.quick_start as recbole_quick_start
 import torch
 from recbole.config import Config
+from recbole.data import data_preparation
+from recbole.utils import get_model, init_logger, init_seed
 
-from recbole_cce import checkpoints, checks, processes, registry, saved_data
+from recbole_cce import checkpoints, checks, processes, registry, saved_config, saved_data
 
 _run = recbole_quick_start.run
 _run_recboles = recbole_quick_start.run_recboles
 _get_trainer = recbole_quick_start.get_trainer
-_load_data_and_model = recbole_quick_start.load_data_and_model
 
 
 def run(
@@ -73,7 +77,10 @@ def run_together(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
 def run_recboles(rank: int, *args: Any) -> None:
     """RecBole's spawn worker. Unpickling it imports recbole_cce, so the models exist in the worker too."""
     share_threads(args[-1]["config_dict"]["nproc"])
-    _run_recboles(rank, *args)
+    try:
+        _run_recboles(rank, *args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # torch would call it a success
 
 
 def share_threads(processes: int) -> None:
@@ -105,20 +112,36 @@ def get_trainer(model_type: Any, model_name: str) -> Callable[..., Any]:
 
 
 def load_data_and_model(model_file: str, trust_checkpoint: bool = False) -> tuple[Any, ...]:
-    """RecBole's, with one error for a file that is damaged or would run code.
+    """RecBole's, of a file that runs no code.
 
     Args:
         model_file: as RecBole's.
-        trust_checkpoint: read a file of stock RecBole, which may run any code, and write it anew as a safe one.
+        trust_checkpoint: read a file of pickled objects, as stock RecBole writes them, which may run any code, and
+            write it anew as a safe one.
+
+    Returns:
+        RecBole's result: config, model, dataset, train_data, valid_data, test_data.
 
     Raises:
         UserError: names the file and what to do.
     """
-    if trust_checkpoint:
-        checkpoints.make_safe(model_file)
-    else:
-        checkpoints.read(model_file)
-    return _load_data_and_model(model_file)
+    return data_and_model(checkpoints.make_safe(model_file) if trust_checkpoint else checkpoints.read(model_file))
+
+
+def data_and_model(state: dict[str, Any]) -> tuple[Any, ...]:
+    """The same of what the file holds."""
+    config = saved_config.rebuilt(state["config"])
+    init_logger(config)
+    getLogger().info(config)
+    init_seed(config["seed"], config["reproducibility"])
+    dataset = saved_data.create_dataset(config)
+    getLogger().info(dataset)
+    loaders = data_preparation(config, dataset)
+    init_seed(config["seed"], config["reproducibility"])
+    model = get_model(config["model"])(config, loaders[0].dataset).to(config["device"])
+    model.load_state_dict(state["state_dict"])
+    model.load_other_parameter(state.get("other_parameter"))
+    return config, model, dataset, *loaders
 
 
 def install() -> None:

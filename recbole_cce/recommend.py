@@ -10,12 +10,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 import torch
-from recbole import quick_start
 from recbole.utils import set_color
 from torch import nn
 from tqdm import tqdm
 
-from recbole_cce import registry
+from recbole_cce import checkpoints, quick_start, registry
 from recbole_cce.data import LeanSequentialDataset
 from recbole_cce.errors import UserError
 from recbole_cce.evaluation import top_items
@@ -24,7 +23,14 @@ from recbole_cce.files import write_whole
 FORMATS = (".csv", ".parquet")
 
 
-def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = None, exclude_seen: bool = False) -> None:
+def recommend(
+    checkpoint: str,
+    output: str,
+    k: int = 50,
+    users: str | None = None,
+    exclude_seen: bool = False,
+    trust_checkpoint: bool = False,
+) -> None:
     """Write the k items with the highest scores after each user's last interaction, best first.
 
     The columns of `output` are user, item (external tokens), rank (from 1) and score. Users come in the order of
@@ -38,6 +44,7 @@ def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = Non
         k: items a user.
         users: file with one external user token a line; None is all users.
         exclude_seen: leave out items that a user has had. Lists are shorter where too few are left.
+        trust_checkpoint: as of load_data_and_model().
 
     Raises:
         UserError: a wrong option, an unknown user, no user with an interaction, a checkpoint of a model that is not of
@@ -47,7 +54,7 @@ def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = Non
     if suffix not in FORMATS:
         raise UserError(f"--output: {output!r} is not valid; it takes a file that ends in {' or '.join(FORMATS)}")
     tokens = None if users is None else read_tokens(users)
-    config, model, dataset = load(checkpoint)
+    config, model, dataset = load(checkpoint, trust_checkpoint)
     if not 1 <= k < model.n_items:
         raise UserError(f"--k: {k} is not valid; it takes 1 to {model.n_items - 1}, the number of items")
     ids = torch.arange(1, dataset.user_num) if tokens is None else user_ids(dataset, tokens, users)
@@ -57,7 +64,7 @@ def recommend(checkpoint: str, output: str, k: int = 50, users: str | None = Non
     getLogger().info(f"{k} items for each of {len(ids)} users: {output}")
 
 
-def export(checkpoint: str, output: str) -> None:
+def export(checkpoint: str, output: str, trust_checkpoint: bool = False) -> None:
     """Write item vectors for a vector index: `output`.npy [V, D] fp32, and `output`.tsv with the token of each row.
 
     A user's scores are the inner products of the model's user vector with these.
@@ -65,7 +72,7 @@ def export(checkpoint: str, output: str) -> None:
     Raises:
         UserError: as recommend().
     """
-    _, model, dataset = load(checkpoint)
+    _, model, dataset = load(checkpoint, trust_checkpoint)
     vectors = model.item_embedding.weight.detach()[1:].float().cpu().numpy()
     tokens = dataset.field2id_token[dataset.iid_field][1:]
     write_whole(Path(f"{output}.npy"), lambda file: np.save(file, vectors))
@@ -74,15 +81,15 @@ def export(checkpoint: str, output: str) -> None:
     getLogger().info(f"vectors of {len(tokens)} items: {output}.npy, their tokens: {output}.tsv")
 
 
-def load(checkpoint: str) -> tuple[Any, nn.Module, LeanSequentialDataset]:
+def load(checkpoint: str, trust: bool) -> tuple[Any, nn.Module, LeanSequentialDataset]:
     """Configuration, model ready to score, and training split, whose flat table holds all interactions."""
     if not Path(checkpoint).is_file():
         raise UserError(f"--checkpoint: there is no file {checkpoint!r}")
-    config, model, _, train_data, _, _ = quick_start.load_data_and_model(checkpoint)
-    if config["model"] not in registry.MODELS:
-        raise UserError(
-            f"--checkpoint: {checkpoint!r} is one of {config['model']}; it takes one of {', '.join(registry.MODELS)}"
-        )
+    state = checkpoints.make_safe(checkpoint) if trust else checkpoints.read(checkpoint)
+    name = state["config"]["model"]
+    if name not in registry.MODELS:
+        raise UserError(f"--checkpoint: {checkpoint!r} is one of {name}; it takes one of {', '.join(registry.MODELS)}")
+    config, model, _, train_data, _, _ = quick_start.data_and_model(state)
     return config, model.eval(), train_data.dataset
 
 

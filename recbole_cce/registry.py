@@ -13,7 +13,6 @@ from pathlib import Path
 import recbole
 import recbole.data.dataset
 import recbole.trainer
-import torch
 from recbole.config import Config
 from recbole.model.abstract_recommender import SequentialRecommender
 
@@ -42,7 +41,7 @@ def register_model(
     """Make `cls` a model that RecBole finds by its class name.
 
     Args:
-        cls: a SequentialRecommender defined in an importable module; pickled by reference to that module.
+        cls: a SequentialRecommender defined in an importable module, from which other processes import it.
         defaults: YAML file of the model's defaults; properties/model/<Name>.yaml of this package if None.
         dataset: data set class to use with it.
         trainer: trainer class to use with it.
@@ -70,7 +69,6 @@ def register_model(
     sys.modules[alias] = sys.modules[cls.__module__]
     setattr(recbole.data.dataset, f"{name}Dataset", dataset)
     setattr(recbole.trainer, f"{name}Trainer", trainer)
-    torch.serialization.add_safe_globals([cls])  # a checkpoint holds the Config, and that the class of its model
     MODELS[name] = defaults
     return cls
 

@@ -2,12 +2,18 @@
 
 Data sets of this package are none of them: they are made from their files, or from the copy that `cache_data` keeps,
 with the settings of their own run. Those of RecBole's models are made anew where a file or a setting is another by now:
-RecBole looks neither at files nor at all settings, and goes on with those that were saved.
+RecBole looks neither at files nor at all settings, and goes on with those that were saved. A pickle can run any code as
+it is read: none is, whatever its name and wherever that comes from, unless the run says `trust_checkpoint`.
 """
 
 from __future__ import annotations
 
+import pickle
+from collections import defaultdict
+from logging import getLogger
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import recbole.data
 import recbole.data.dataset
@@ -17,6 +23,7 @@ from recbole.data.dataset import Dataset
 
 from recbole_cce import data_cache
 from recbole_cce.data import LeanSequentialDataset
+from recbole_cce.errors import UserError
 
 _create_dataset = recbole.data.create_dataset
 _load_split_dataloaders = utils.load_split_dataloaders
@@ -39,13 +46,18 @@ def create_dataset(config: Any) -> Dataset:
                     "from the copy that cache_data keeps"
                 )
         return dataset
-    dataset = _create_dataset(config)
+    load = pickle.load if trusts(config, "dataset_save_path") else left_alone
+    with mock.patch.object(utils, "pickle", SimpleNamespace(load=load, dump=pickle.dump)):
+        dataset = _create_dataset(config)
     return dataset if dataset.config is config or is_fresh(dataset, config) else type(dataset)(config)
 
 
 def load_split_dataloaders(config: Any) -> tuple[Any, ...] | None:
     """recbole.data.utils.load_split_dataloaders."""
-    loaders = None if own_class(config) else _load_split_dataloaders(config)
+    if own_class(config) or not trusts(config, "dataloaders_save_path"):
+        return None
+    with mock.patch.object(utils, "pickle", pickle):
+        loaders = _load_split_dataloaders(config)
     return loaders if loaders and all(is_fresh(loader.dataset, config) for loader in loaders) else None
 
 
@@ -62,6 +74,25 @@ def save(self: Any) -> None:
     """Dataset.save."""
     self.made_from = made_from(self)
     _save(self)
+
+
+def trusts(config: Any, key: str) -> bool:
+    """Whether a run may unpickle saved data; an error where the key asks for it all the same."""
+    if config[key] and not config["trust_checkpoint"]:
+        raise UserError(
+            f"{key}: {config[key]!r} holds pickled objects, and unpickling can run any code: if you trust whoever made "
+            "it, use --trust-checkpoint"
+        )
+    return bool(config["trust_checkpoint"])
+
+
+def left_alone(file: Any) -> Any:
+    """In the place of pickle.load: a data set whose settings are no run's, so that RecBole makes another."""
+    getLogger().warning(
+        f"{file.name} holds pickled objects, which can run any code: the data set is made anew; --trust-checkpoint "
+        "reads the file"
+    )
+    return SimpleNamespace(config=defaultdict(object))
 
 
 def own_class(config: Any) -> type[LeanSequentialDataset] | None:
@@ -89,4 +120,5 @@ def install() -> None:
     recbole.data.create_dataset = utils.create_dataset = recbole_quick_start.create_dataset = create_dataset
     utils.load_split_dataloaders = load_split_dataloaders
     utils.save_split_dataloaders = save_split_dataloaders
+    utils.pickle = SimpleNamespace(load=left_alone, dump=pickle.dump)
     Dataset.save = save

@@ -104,6 +104,11 @@ def _columns() -> Check:
     )
 
 
+def _seconds() -> tuple[str, Callable[[Any], bool]]:
+    valid, accepts = _real(0)
+    return f"{valid} or auto", lambda value: value == "auto" or accepts(value)
+
+
 def intervals(value: Any) -> list[tuple[str, float, float, str]]:
     """The intervals of a text such as `[5,inf)` or `(0,1];[3,4)`: left bracket, ends, right bracket of each.
 
@@ -143,7 +148,7 @@ def _values(value: Any) -> bool:
 def _is_encoding(value: Any) -> bool:
     try:
         return _is_text(value) and isinstance("a".encode(value), bytes)
-    except LookupError:
+    except (LookupError, ValueError):
         return False
 
 
@@ -256,6 +261,10 @@ KEYS: dict[str, Key] = {
         "torch.compile of the encoder's training steps; auto: where a run is long enough to pay it back",
         *_one_of("auto", True, False),
     ),
+    "checkpoint_interval": Key(
+        "seconds between two files of a run at least; auto: so many that saving takes 5% of its time at most",
+        *_seconds(),
+    ),
     "adam_betas": Key("beta1 and beta2 of adam and adamw", "two numbers in [0, 1), such as [0.9, 0.98]", _betas),
     "repeat_bias": Key(
         "add to the scores of a user's own items what training data say, by how long ago they were; auto: learned",
@@ -267,7 +276,7 @@ KEYS: dict[str, Key] = {
 
 FLAG = _one_of(True, False)
 TEXT: Check = ("text", _is_text)
-SEPARATOR: Check = ("text without an end of line", lambda value: _is_text(value) and not set(value) & set("\r\n\0"))
+SEPARATOR: Check = ("text within a line", lambda value: _is_text(value) and not set(value) & set("\r\n"))
 PATH: Check = ("a path", lambda value: _is_text(value) or isinstance(value, os.PathLike))
 NAME: Check = ("the name of a column", _is_text)
 PLACES = _integer(0, 15)
@@ -470,8 +479,6 @@ def validate_together(config: Mapping[str, Any]) -> None:
             "attention: 'recbole' is not valid with architecture: original, which RecBole's own layers do not have; it "
             "takes auto, sdpa or packed"
         )
-    if config.get("hidden_size", 0) % config.get("n_heads", 1):
-        refuse("hidden_size", config["hidden_size"], f"a multiple of n_heads: {config['n_heads']}")
     if config.get("adam_betas") is not None and config["learner"].lower() not in ("adam", "adamw"):
         raise UserError(
             f"adam_betas: {config['adam_betas']} is not for learner: {config['learner']}; adam and adamw take it"

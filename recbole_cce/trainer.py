@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
+import signal
+import sys
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import count, islice, takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +23,12 @@ from torch import distributed, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_cce import checkpoints, out_of_memory, repeats
+from recbole_cce import checkpoints, interrupts, out_of_memory, repeats
 from recbole_cce.compat import checkpoint_state, share_file_name
 from recbole_cce.cuda_graph import GraphedStep, on_device
-from recbole_cce.data import ROW_NUMBER, LeanSequentialDataset, Places
+from recbole_cce.data import RESIDENT_SHARE, ROW_NUMBER, LeanSequentialDataset, Places
 from recbole_cce.errors import UserError
 from recbole_cce.evaluation import TopK, auto_chunk_items, top_items, user_vectors
-from recbole_cce.files import remove_parts
 from recbole_cce.layers import packs
 from recbole_cce.ops.backend import triton_unavailable
 
@@ -33,6 +38,9 @@ MAX_GRAPHED_POSITIONS = 2**18
 # of compile_encoder: auto, on an H100; saved per number of a layer's hidden states
 SECONDS_SAVED = 1e-10
 SECONDS_TO_COMPILE = 20
+
+# of checkpoint_interval: auto; at most this much of the time of a run
+SHARE_OF_SAVING = 0.05
 
 
 class EfficientTrainer(Trainer):
@@ -77,6 +85,12 @@ class EfficientTrainer(Trainer):
         self.valid_result: dict[str, float] | None = None
         self.saves = False
         self.trained_epoch = self.saved_epoch = -1
+        self.writer = checkpoints.Writer()
+        self.best_state: dict[str, Any] | None = None  # of the best epoch, where it is still to be written
+        self.at_risk = False  # an epoch has been trained that is not saved
+        self.signal: int | None = None  # that asked to end while it was
+        self.newest: tuple[Path, int] | None = None  # file of this run, and its epoch
+        self.fitting = False
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super()._build_optimizer(**kwargs)
@@ -87,8 +101,6 @@ class EfficientTrainer(Trainer):
         betas = self.config["adam_betas"]
         if betas is not None:
             for group in optimizer.param_groups:
-                if "betas" not in group:
-                    raise UserError(f"adam_betas: {betas} is not for learner: {self.learner}; adam and adamw take it")
                 group["betas"] = tuple(betas)
         return optimizer
 
@@ -106,7 +118,6 @@ class EfficientTrainer(Trainer):
             UserError: a loss was NaN; names the first such step. The last checkpoint is from before.
         """
         self._save_last()  # the epoch before: only now its validation is over
-        self.trained_epoch = epoch_idx
         self.model.train()
         loss_func = loss_func or self.model.calculate_loss
         if self.distributed and train_data.shuffle:
@@ -141,6 +152,7 @@ class EfficientTrainer(Trainer):
                 + f" [{set_color(name, 'blue')}: {value:.4f}]"
             )
             self.tensorboard.add_scalar(f"Loss/{name}", value, epoch_idx)
+        self.trained_epoch, self.at_risk = epoch_idx, self.saves
         return losses.sum().item()
 
     def _generate_train_loss_output(self, epoch_idx: int, s_time: float, e_time: float, losses: float) -> str:
@@ -291,27 +303,40 @@ class EfficientTrainer(Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[float, dict[str, float]]:
-        """As RecBole's, and the last epoch is saved besides the best one.
+        """As RecBole's, and the last epoch is saved besides the best one; Ctrl-C and SIGTERM lose no whole epoch.
 
         After resume_checkpoint, data order and random numbers go on where they stopped.
         """
-        self.saves = saved
+        self.saves, self.signal = saved, None
         self.train_generator = train_data.generator
         if self.distributed:
             share_file_name(self)
         if self.resumed is not None:
-            self._resume_random_state(self.resumed.get("random_states", []))
-            if self.resumed.get("scaler"):  # empty where none was needed
+            self._resume_random_state(self.resumed["random_states"] or [])
+            if self.resumed["scaler"]:  # empty where none was needed
                 self.scaler.load_state_dict(self.resumed["scaler"])
-            self.valid_result = self.best_valid_result = self.resumed.get("best_valid_result")
+            if (best := self.resumed["best_valid_result"]) is not None:
+                self.valid_result = self.best_valid_result = OrderedDict(best)  # as RecBole's evaluator makes it
             if self.cur_step > self.stopping_step:
                 self.epochs = self.start_epoch
                 self.logger.info(
                     f"It had stopped early: with stopping_step {self.stopping_step}, nothing is left to train"
                 )
             self.resumed = None
-        result = super().fit(train_data, valid_data, verbose, saved, *args, **kwargs)
-        self._save_last()
+        self.fitting = True
+        try:
+            with interrupts.answered(self._interrupted):
+                try:
+                    result = super().fit(train_data, valid_data, verbose, saved, *args, **kwargs)
+                    self._save_last(at_once=True)
+                    self.writer.wait()
+                except BaseException:
+                    self._write_what_is_left()
+                    raise
+        finally:
+            self.fitting = False
+        if self.distributed:
+            distributed.barrier()  # the others read what the first one has written
         return result
 
     def _resume_random_state(self, states: list[dict[str, Any]]) -> None:
@@ -346,31 +371,120 @@ class EfficientTrainer(Trainer):
         self._fit_repeats(min(repeats.ROWS, valid_data.sample_size))  # takes as long as the validation at most
         score, result = super()._valid_epoch(valid_data, show_progress)
         # RecBole saves a checkpoint when this result is the best, before it calls it so
-        self.valid_result = dict(result)
+        self.valid_result = result.copy()
         return score, result
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        """As RecBole's, which every process calls and the first one does."""
+        """Save an epoch, as RecBole asks for it where it was the best; every process calls it, the first one writes.
+
+        In fit() the best epoch is kept in memory where it is too early for another file, and files are written while
+        training goes on.
+        """
         if epoch < 0 < self.start_epoch:
             return  # no epoch is left of a resumed run: RecBole would write its file anew, as one of no epoch
-        best = "saved_model_file" not in kwargs
-        if best:
+        best, last = Path(self.saved_model_file), checkpoints.last_file(self.saved_model_file)
+        file = kwargs.get("saved_model_file", best)
+        if file == best:
             self.best_valid_result = self.valid_result
         state = random_state(self.device, self.train_generator)
         self.random_states = [state]
         if self.distributed:
+            share_file_name(self)
             self.random_states = [state] * distributed.get_world_size()
             distributed.all_gather_object(self.random_states, state)
-        super()._save_checkpoint(epoch, verbose, **kwargs)
         self.saved_epoch = epoch
-        if best:
-            checkpoints.last_file(self.saved_model_file).unlink(missing_ok=True)
+        if self.config["local_rank"] != 0:
+            return
+        state = checkpoints.plain(self._checkpoint_state(epoch))
+        if file != best:
+            self._write(state, last)
+        elif self.fitting and not self._is_due():
+            self.best_state = checkpoints.copied(state, self._device_of_copy(state))
+        else:
+            self.best_state = None
+            self._write(state, best, then_remove=last)
+            if verbose:
+                self.logger.info(set_color("Saving current", "blue") + f": {best}")
 
-    def _save_last(self) -> None:
-        """Save the last epoch beside the best one, unless that is the same: a killed run loses one epoch at most."""
-        if self.saves and self.trained_epoch != self.saved_epoch:
-            last = checkpoints.last_file(self.saved_model_file)
-            self._save_checkpoint(self.trained_epoch, verbose=False, saved_model_file=last)
+    def _write(self, state: dict[str, Any], file: Path, then_remove: Path | None = None) -> None:
+        self.writer.write(state, file, then_remove)
+        self.newest = file, state["epoch"]
+        if not self.fitting:
+            self.writer.wait()
+
+    def _write_best(self) -> None:
+        """Write the best epoch if it was too early for it."""
+        state, self.best_state = self.best_state, None
+        if state is not None:
+            self._write(state, Path(self.saved_model_file), checkpoints.last_file(self.saved_model_file))
+
+    def _write_what_is_left(self) -> None:
+        """The same, and wait for it, where an error or a signal ends training."""
+        try:
+            self._write_best()
+            self.writer.wait()
+        except Exception as error:
+            self.logger.warning(f"not all checkpoints could be written: {error}")
+
+    def _is_due(self) -> bool:
+        """Whether `checkpoint_interval` is over.
+
+        Raises:
+            OSError: the last checkpoint could not be written.
+        """
+        interval, busy = self.config["checkpoint_interval"], self.writer.is_busy()
+        if interval in (None, "auto"):
+            interval = math.inf if busy else self.writer.seconds / SHARE_OF_SAVING
+        return time.monotonic() - self.writer.begun >= interval
+
+    def _device_of_copy(self, state: dict[str, Any]) -> torch.device | None:
+        """None, for the device itself, where it can spare the memory: to the host it takes as long as some epochs."""
+        if self.device.type != "cuda":
+            return None
+        needed = sum(value.nbytes for value in tensors_in(state))
+        return None if needed <= RESIDENT_SHARE * torch.cuda.mem_get_info(self.device)[0] else torch.device("cpu")
+
+    def _save_last(self, at_once: bool = False) -> None:
+        """Save the last epoch, beside the best one unless that is the same: when it is due, at once, or on a signal."""
+        if not self.saves:
+            return
+        due, signals, kept = at_once or self._is_due(), [self.signal], self.best_state is not None
+        if self.distributed:
+            answers = [(due, self.signal, kept)] * distributed.get_world_size()
+            distributed.all_gather_object(answers, answers[0])
+            (due, _, kept), signals = answers[0], [number for _, number, _ in answers]
+        number = next((number for number in signals if number is not None), None)
+        if due or number is not None:
+            self._write_best()
+            if self.trained_epoch != self.saved_epoch:
+                last = checkpoints.last_file(self.saved_model_file)
+                self._save_checkpoint(self.trained_epoch, verbose=False, saved_model_file=last)
+            self.at_risk = False
+        else:
+            self.at_risk = kept or self.trained_epoch != self.saved_epoch
+        if number is not None:
+            self._interrupted(number)
+
+    def _interrupted(self, number: int, frame: Any = None) -> None:
+        """Ctrl-C or SIGTERM: end at once where every epoch is saved; if not, after this one, or the second time.
+
+        Ctrl-C reaches all processes of a terminal, and the first of them then ends the others with SIGTERM: that is
+        not the second time.
+        """
+        if self.at_risk and self.signal != number:
+            self.signal = number
+            return
+        for each in interrupts.SIGNALS:  # what is being written becomes whole
+            if signal.getsignal(each) == self._interrupted:
+                signal.signal(each, signal.SIG_IGN)
+        self._write_what_is_left()
+        if self.newest is None:
+            text = "interrupted: no epoch was over, nothing is saved"
+        else:
+            text = "interrupted: the same command with --resume={} goes on after epoch {}".format(*self.newest)
+        if self.config["local_rank"] == 0:
+            print(f"\n{text}" if self.config["show_progress"] else text, file=sys.stderr)
+        interrupts.end(number, text)
 
     def _checkpoint_state(self, epoch: int) -> dict[str, Any]:
         return checkpoint_state(self, epoch) | {
@@ -383,26 +497,21 @@ class EfficientTrainer(Trainer):
         """Load a checkpoint, of the best or of the last epoch, to go on with fit().
 
         Raises:
-            UserError: it is damaged, one of another model, catalogue or optimizer, or the best epoch's file is gone.
+            UserError: it is damaged, one of another run (names the first key), or the best epoch's file is gone.
         """
-        checkpoint = checkpoints.read(resume_file)
-        for key in ("model", "learner"):
-            saved, own = checkpoint["config"][key], self.config[key]
-            if saved != own:
-                raise UserError(f"{resume_file} is a checkpoint of {key} {saved}, not of {own}")
         best = checkpoints.best_file(resume_file)
-        if checkpoint.get("best_valid_result") is not None and not best.is_file():
-            raise UserError(f"{resume_file} needs {best} beside it, the best epoch of the same run")
         try:
-            super().resume_checkpoint(resume_file)
+            state = super().resume_checkpoint(resume_file)
         except RuntimeError as error:
             if "loading state_dict" not in str(error):  # torch's, of parameters that differ in name or shape
                 raise
             raise UserError(f"{resume_file} does not fit this model's settings: {error}") from error
-        remove_parts(best)
+        if state.get("best_valid_result") is not None and not best.is_file():
+            raise UserError(f"{resume_file} needs {best} beside it, the best epoch of the same run")
         self.saved_model_file = str(best)
-        self.trained_epoch = self.saved_epoch = checkpoint["epoch"]
-        self.resumed = checkpoint
+        self.trained_epoch = self.saved_epoch = state["epoch"]
+        self.newest = Path(resume_file), state["epoch"]
+        self.resumed = {key: state.get(key) for key in ("random_states", "scaler", "best_valid_result")}
 
     def evaluate(self, eval_data: Any, *args: Any, **kwargs: Any) -> dict[str, float] | None:
         """As RecBole's; ranking metrics of several processes are computed over all their users together.
@@ -460,6 +569,14 @@ def autocast_dtype(amp_dtype: str, device: torch.device, enable_amp: bool | None
     if enable_amp:
         return torch.float16 if device.type == "cuda" else torch.bfloat16
     return torch.float32
+
+
+def tensors_in(state: Any) -> Iterator[torch.Tensor]:
+    """Those of a checkpoint."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    for item in state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ():
+        yield from tensors_in(item)
 
 
 def random_state(device: torch.device, generator: torch.Generator | None) -> dict[str, Any]:

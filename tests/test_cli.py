@@ -199,7 +199,6 @@ def saved(command, tmp_path):
             ["--resume=saved/SASRecCCE-c.pth"],
             "--resume: saved/SASRecCCE-c.pth is a checkpoint of SASRecCCE on other, not of SASRecCCE on tiny",
         ),
-        (["--trust-checkpoint"], "--trust-checkpoint is of use with --resume only"),
         (["--resume", "--hidden_size=8"], "the checkpoint's item table is 30 items x 16, this model's is 30 items x 8"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

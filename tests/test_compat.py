@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import io
 import itertools
 import json
@@ -16,17 +17,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import recbole
+import scipy.sparse
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.evaluator import Evaluator
 from recbole.evaluator.collector import DataStruct
+from recbole.quick_start import load_data_and_model
 from recbole.trainer import HyperTuning
 from recbole.trainer import trainer as recbole_trainer
 from recbole.utils import get_model, get_trainer, logger, url
 from recbole.utils.case_study import full_sort_topk
 
-from recbole_cce import compat
+from recbole_cce import checkpoints, compat
 from tests.conftest import write_inter
 from tests.process import output, python, python_path
 
@@ -81,6 +84,8 @@ torch.autograd.set_detect_anomaly({anomaly})
 import recbole_cce
 
 assert torch.is_anomaly_enabled() == {anomaly}
+# what torch itself adds as it is imported is its own
+assert all(one.__module__.startswith("torch.") for one in torch.serialization.get_safe_globals())
 assert not torch.cuda.is_initialized()
 assert dict(os.environ) == before
 import recbole.quick_start.quick_start as quick_start
@@ -207,9 +212,44 @@ def test_checkpoints_of_builtin_models_are_read_safely(tiny, tiny_config, model)
     run = experiment(model, {**tiny_config, **columns})
     result = run.trainer.evaluate(run.test, load_best_model=True)
     checkpoint = torch.load(run.trainer.saved_model_file, weights_only=True)
+    assert set(types_in(checkpoint)) <= {type(None), bool, int, float, str, list, tuple, dict, torch.Tensor}
     assert checkpoint["best_valid_score"] == run.trainer.best_valid_score
-    assert checkpoint["config"].final_config_dict == run.config.final_config_dict
+    config, again, *_ = load_data_and_model(run.trainer.saved_model_file)
+    assert config.final_config_dict == run.config.final_config_dict
+    trainer = get_trainer(config["MODEL_TYPE"], model)(config, again)
+    trainer.eval_collector.data_collect(run.train)
+    assert trainer.evaluate(run.test, load_best_model=False) == result
     assert 0 < result["hit@10"] <= 1
+
+
+def types_in(value):
+    """Of a value and of all that is in it."""
+    yield type(value)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from types_in(item)
+
+
+def test_what_models_keep_besides_weights():
+    """Each kind that a model of RecBole has."""
+    table = scipy.sparse.random(5, 4, 0.5, "lil", np.float32, np.random.default_rng(0))
+    array, ripples = (
+        np.matrix([[1.5, 2.5]]),
+        collections.defaultdict(list, {3: [(torch.tensor([1]), torch.tensor([2]))]}),
+    )
+    before = {"table": table, "array": array, "ripples": ripples, "layer": torch.nn.Linear(1, 1), "none": None, "n": 3}
+    plain = checkpoints.plain({"config": {}, "other": before})["other"]
+    assert set(types_in(plain)) <= {type(None), int, str, list, tuple, dict, torch.Tensor}
+    assert plain.keys() == before.keys() - {"layer"}
+    after = {name: checkpoints.as_before(value, before[name], torch.device("cpu")) for name, value in plain.items()}
+    for name, value in after.items():
+        assert type(value) is type(before[name])
+    assert (after["table"] != table).nnz == 0 and after["table"].dtype == np.float32
+    assert np.array_equal(after["array"], array)
+    assert after["ripples"] == ripples and after["ripples"][7] == []
+    assert (after["none"], after["n"]) == (None, 3)
 
 
 def test_a_crash_while_saving_leaves_the_last_checkpoint(tiny_config, monkeypatch):

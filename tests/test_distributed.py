@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import socket
+import sys
 import time
 
 import numpy as np
@@ -18,7 +19,7 @@ from recbole.config import Config
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from recbole_cce import checkpoints, quick_start
+from recbole_cce import checkpoints, quick_start, recommend
 from recbole_cce.ops import negatives
 from recbole_cce.trainer import EfficientTrainer
 from tests.build import experiment
@@ -148,7 +149,7 @@ def resumed_run(rank, settings, found):
 
 def killed_run(rank, settings, found):
     """Six epochs, and as many by a run that stops in the middle of one and another that is made by run_recbole."""
-    settings = {**settings, **SAMPLED, **VALIDATED, "epochs": 6}
+    settings = {**settings, **SAMPLED, **VALIDATED, "epochs": 6, "checkpoint_interval": 0}
     run = experiment("SASRecCCE", {**settings, "checkpoint_dir": "whole"}, "odd")
     found["whole result"] = run.trainer.fit(run.train, run.valid)
     found["whole"] = weights(run)
@@ -165,6 +166,7 @@ def killed_run(rank, settings, found):
     run.trainer._forward_backward = failing_step
     with contextlib.suppress(InterruptedError):
         run.trainer.fit(run.train, run.valid)
+    distributed.barrier()  # the first one has written what was under way
     found["file"] = str(checkpoints.newest("killed", "SASRecCCE", "odd"))
     distributed.barrier()  # before one of them writes again
 
@@ -201,6 +203,7 @@ JOBS = [whole_run, whole_batches, resumed_run, killed_run, seeded, mean_ranks]
 def process(rank, folder, data, ports):
     """Do every job and keep what it found."""
     os.chdir(folder)
+    sys.argv = ["test"]
     replace_cuda()
     pull_apart(rank)
     for job, port in zip(JOBS, ports, strict=True):
@@ -334,3 +337,15 @@ def test_a_checkpoint_of_two_processes_resumed_by_one(found, data, caplog):
     run.trainer.fit(run.train, run.valid)
     assert "the checkpoint has the random numbers of 2 processes, these are 1" in caplog.text
     assert list(run.trainer.train_loss_dict) == [4]
+
+
+def test_a_checkpoint_of_two_processes_is_used_by_one(found, tmp_path):
+    """Without a process group."""
+    file = str(found["folder"] / found["whole_run"][0]["file"])
+    config, model, *_ = quick_start.load_data_and_model(file)
+    assert config["single_spec"] is True and config["world_size"] is None
+    assert_same(torch.load(file)["state_dict"], model.state_dict())
+    recommend.recommend(file, str(tmp_path / "top.csv"), k=2)
+    assert len((tmp_path / "top.csv").read_text().splitlines()) == 1 + 2 * 41
+    recommend.export(file, str(tmp_path / "items"))
+    assert np.array_equal(np.load(tmp_path / "items.npy"), model.item_embedding.weight[1:].detach())

@@ -8,10 +8,9 @@ import sys
 import pytest
 import recbole.data.dataset
 import recbole.trainer
-import torch
 from recbole.config import Config
 from recbole.data.dataset import SequentialDataset
-from recbole.quick_start import run_recbole
+from recbole.quick_start import load_data_and_model, run_recbole
 from recbole.trainer import Trainer
 from recbole.utils import InputType, get_model, get_trainer
 
@@ -27,7 +26,7 @@ def test_recbole_finds_the_model_its_data_set_and_its_trainer(tiny_config, cls):
     assert getattr(recbole.data.dataset, f"{name}Dataset") is registry.LeanSequentialDataset
     assert get_trainer(cls.type, name) is registry.EfficientTrainer
     assert pickle.loads(pickle.dumps(cls)) is cls
-    assert cls.__module__ == "recbole_cce.models.sasrec"  # what unpickling a checkpoint imports
+    assert cls.__module__ == "recbole_cce.models.sasrec"
     config = Config(name, "tiny", config_dict=tiny_config)
     assert config["MODEL_INPUT_TYPE"] == InputType.POINTWISE
     assert config["train_neg_sample_args"]["distribution"] == "none"
@@ -94,7 +93,7 @@ def test_register_a_model(tmp_path, monkeypatch, tiny_config):
     result = run_recbole("OwnSASRec", "tiny", config_dict=tiny_config)
     assert result["test_result"]["hit@10"] > 0
     (checkpoint,) = (tmp_path / "saved").glob("OwnSASRec-*.pth")
-    config = torch.load(checkpoint)["config"]
+    config, *_ = load_data_and_model(checkpoint)
     assert config["loss_type"] == "gBCE"
     assert config.model_class is cls
     with pytest.raises(ValueError, match="'OwnSASRec' is taken"):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recbole.utils import init_seed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recbole_cce import data, ops
@@ -119,7 +120,9 @@ def test_four_epochs_are_two_and_two(tiny_config, settings):
     first = experiment("SASRecCCE", settings)
     first.trainer.epochs = 2
     fit(first)
-    second = experiment("SASRecCCE", {**settings, "seed": 1})  # its own seed must not matter
+    second = experiment("SASRecCCE", settings)
+    init_seed(1, True)  # its own random numbers must not matter
+    second.train.generator.manual_seed(1)
     second.trainer.resume_checkpoint(first.trainer.saved_model_file)
     assert 1 <= second.trainer.start_epoch <= 2
     assert fit(second) == result
@@ -214,25 +217,25 @@ def test_a_killed_save_leaves_the_last_checkpoint(tiny_config):
 
 @pytest.fixture
 def others(tmp_path):
-    """data_path of `smaller`, with 20 items, and of `renamed` and `tiny`, with 30."""
+    """Folders with another `tiny`: `smaller`, with 20 items, and `renamed`, with 30."""
     rng = np.random.default_rng(4)
     for name, items, prefix in (("smaller", 20, "i"), ("renamed", 30, "other")):
         rows = [(f"u{u}", f"{prefix}{(7 * u + s) % items}", s) for u in range(40) for s in range(8)]
         rng.shuffle(rows)
-        write_inter(tmp_path / "data", name, "user_id:token\titem_id:token\ttimestamp:float", rows)
+        write_inter(tmp_path / name, "tiny", "user_id:token\titem_id:token\ttimestamp:float", rows)
 
 
 @pytest.mark.parametrize(
-    ("model", "dataset", "message"),
+    ("model", "folder", "message"),
     [
-        ("SASRecSCE", "tiny", "is a checkpoint of model SASRecSCE, not of SASRecCCE"),
-        ("SASRec", "tiny", "is a checkpoint of model SASRec, not of SASRecCCE"),
+        ("SASRecSCE", "data", "is a checkpoint of model SASRecSCE, not of SASRecCCE"),
+        ("SASRec", "data", "is a checkpoint of model SASRec, not of SASRecCCE"),
         ("SASRecCCE", "smaller", r"item table is 20 items x 16, this model's is 30 items x 16"),
         ("SASRecCCE", "renamed", "trained on another catalogue"),
     ],
 )
-def test_checkpoints_of_something_else(tiny_config, others, model, dataset, message):
-    other = experiment(model, {**tiny_config, "epochs": 1}, dataset)
+def test_checkpoints_of_something_else(tiny_config, others, tmp_path, model, folder, message):
+    other = experiment(model, {**tiny_config, "epochs": 1, "data_path": str(tmp_path / folder)})
     fit(other)
     run = experiment("SASRecCCE", tiny_config)
     file = other.trainer.saved_model_file

@@ -118,8 +118,8 @@ def plan(
         if key in SAME and others:
             name = named[0].name
             raise UserError(
-                f"{key}: {name} {key}={first} has {first}, {name} {key}={others[0]} has {others[0]}; a comparison takes "
-                f"one value, such as --{key}={first!r}"
+                f"{key}: {name} {key}={first} has {first}, {name} {key}={others[0]} has {others[0]}; a comparison "
+                f"takes one value, such as --{key}={first!r}"
             )
     expanded = [each for one in named for each in expand(one, varied, config)]
     for key in varied:

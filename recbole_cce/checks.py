@@ -125,7 +125,7 @@ def check_valid_metric(config: Mapping[str, Any]) -> None:
     if config["eval_step"] > 0 and config["valid_metric"].lower() not in computed:
         raise UserError(
             f"valid_metric: {config['valid_metric']!r} is not among metrics and topk; it takes one of "
-            f"{', '.join(computed)}"
+            f"{', '.join(sorted(computed))}"
         )
 
 

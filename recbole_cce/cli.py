@@ -175,7 +175,7 @@ def compare_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", default="NDCG@10", help="what users are compared by (default: %(default)s)")
     parser.add_argument("--time-limit", type=float, help="seconds after which training ends with the epoch")
     parser.add_argument("--deadline", type=float, help="seconds from now until all has ended, to go on another time")
-    parser.add_argument("--parallel", type=whole(1), default=1, help="runs at a time, spread over gpu_id (default: 1)")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, spread over gpu_id (default: 1)")
     parser.add_argument("--output", required=True, help="folder for tables, figures, page and the runs themselves")
     return parser
 

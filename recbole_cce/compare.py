@@ -117,6 +117,13 @@ def plan(
         return quick_start.configuration(one.model, dataset, files, {**common, **one.settings})
 
     varied = parse_vary(vary, [one.model for one in named])
+    for key, (first, *others) in varied.items():
+        if key in SAME and others:
+            name = named[0].name
+            raise UserError(
+                f"{key}: {name} {key}={first} has {first}, {name} {key}={others[0]} has {others[0]}; a comparison "
+                f"takes one value, such as --{key}={first!r}"
+            )
     expanded = [each for one in named for each in expand(one, varied, config)]
     for key in varied:
         if not any(key in one.settings for one in expanded):

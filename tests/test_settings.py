@@ -403,7 +403,7 @@ def test_flags_of_a_script_of_the_users_are_its_own(tiny_config, monkeypatch):
         ),
         (
             {"topk": 5, "valid_metric": "MRR@10"},
-            "valid_metric: 'MRR@10' is not among metrics and topk; it takes one of recall@5, mrr@5, ",
+            "valid_metric: 'MRR@10' is not among metrics and topk; it takes one of hit@5, mrr@5, ",
         ),
     ],
 )
@@ -416,7 +416,7 @@ def test_a_default_valid_metric_that_is_not_computed(tiny_config, model):
     """Before any data is read; a Config that trains nothing, or does not validate, is none of its business."""
     own = {**tiny_config, "topk": 5, "data_path": "nowhere"}
     Config(model, "tiny", config_dict=own)
-    with pytest.raises(UserError, match=r"valid_metric: 'MRR@10' is not among .*; it takes one of recall@5, mrr@5, "):
+    with pytest.raises(UserError, match=r"valid_metric: 'MRR@10' is not among .*; it takes one of hit@5, mrr@5, "):
         run_recbole(model, "tiny", config_dict=own)
     with pytest.raises(ValueError, match="Neither"):
         run_recbole(model, "tiny", config_dict={**own, "eval_step": 0})

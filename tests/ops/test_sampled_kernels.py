@@ -209,7 +209,7 @@ def test_kernels_fit_in_the_memory_of_hopper(name, dim, hidden):
         assert launched.metadata.shared <= CHIPS[90]
 
 
-SPILLS = 64  # bytes of a thread that no product waits for
+SPILLS = 96  # bytes of a thread: two dozen registers, of 255
 
 
 @pytest.mark.parametrize("capability", [80, 86, 120], ids=lambda c: f"sm_{c}")

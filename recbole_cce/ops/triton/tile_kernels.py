@@ -68,7 +68,7 @@ def halves(b_x):
 @triton.jit
 def logits(b_x, b_y, PRECISION: tl.constexpr):
     """b_x @ b_y.T in fp32."""
-    LONG: tl.constexpr = b_x.shape[1] >= 64
+    LONG: tl.constexpr = b_x.shape[1] >= 64 and PRECISION == "ieee"
     if LONG and b_x.dtype == tl.float32:  # in this order: Triton 3.2 takes no other
         # Without tensor cores a product adds up its terms one by one: four sums have half the error of one. For the
         # last argument see add_product().

@@ -42,7 +42,8 @@ def resolve(config: Config, train: Any) -> None:
             config[key] = chosen[key] = value
 
     targets, rows, items = train.n_targets, len(train), train.item_num - 1
-    choose("loss_type", loss_type(items, config.external_config_dict))
+    given = getattr(config, "external_config_dict", {})  # a saved configuration has none
+    choose("loss_type", loss_type(items, given))
     if config["train_targets"] == "last":
         choose("train_batch_size", ROWS_OF_LAST)
         choose("learning_rate", RECBOLE_RATE)

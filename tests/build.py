@@ -10,8 +10,8 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 
 def configure(model, settings, dataset="tiny"):
-    """A Config; RecBole's SASRec takes no negatives with its default loss_type CE."""
-    own = {"train_neg_sample_args": None} if model == "SASRec" else {}
+    """A Config; RecBole's SASRec takes no negatives with its default loss_type CE, ours needs one without data."""
+    own = {"SASRec": {"train_neg_sample_args": None}, "SASRecCCE": {"loss_type": "CCE-"}}.get(model, {})
     config = Config(model, dataset, config_dict={**own, **settings})
     init_seed(config["seed"], config["reproducibility"])
     return config

@@ -86,5 +86,7 @@ def tiny_config(tiny):
         "inner_size": 32,
         "MAX_ITEM_LIST_LENGTH": 8,
         "train_batch_size": 16,
+        "learning_rate": 0.002,
+        "hidden_dropout_prob": 0.5,
         "num_negatives": 8,
     }

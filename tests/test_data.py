@@ -259,26 +259,6 @@ def test_all_positions_train_each_target_of_the_split_once(tmp_path, split, leng
     assert ((shown >= (length + 1) // 2) | (batch["item_length"] < length)).all()
 
 
-def test_automatic_batches(ml100k, monkeypatch):
-    """1,024 targets in a batch, or 32 sequences if that is more and leaves steps, or RecBole's own batches where each
-    row has one."""
-
-    def steps(model, **settings):
-        config = Config(model, "ranked", config_dict={"gpu_id": "", "state": "ERROR", **ml100k, **settings})
-        return len(data_preparation(config, create_dataset(config))[0])
-
-    stock = steps("SASRec", train_neg_sample_args=None)
-    assert steps("SASRecCCE", train_targets="last", train_batch_size="auto") == stock
-    assert abs(steps("SASRecCCE", train_batch_size="auto") - 2 * stock) <= 1
-    assert steps("SASRecCCE", train_batch_size=100) != stock
-    long = {"MAX_ITEM_LIST_LENGTH": 200, "train_batch_size": "auto"}  # 1,024 targets are 12 sequences
-    assert abs(steps("SASRecCCE", **long) - 2 * stock) <= 4
-    monkeypatch.setattr(data, "STEPS_PER_EPOCH", 20)
-    assert steps("SASRecCCE", **long) == steps("SASRecCCE", **{**long, "train_batch_size": 32}) < stock
-    monkeypatch.setattr(data, "STEPS_PER_EPOCH", 50)
-    assert steps("SASRecCCE", **long) >= 50
-
-
 def test_windows_leave_statistics_alone(ml100k):
     stock = splits("SASRec", "ranked", train_neg_sample_args=None, **ml100k)
     ours = splits("SASRecCCE", "ranked", **ml100k)

@@ -32,6 +32,7 @@ SETTINGS = {
     "inner_size": 32,
     "MAX_ITEM_LIST_LENGTH": 8,
     "train_batch_size": 16,
+    "repeat_bias": "none",
     "metrics": ["Hit", "NDCG", "MRR"],
     "topk": [5, 10],
 }

@@ -168,8 +168,8 @@ def test_commands(trained, monkeypatch):
     ("flags", "message"),
     [
         (["--k=31"], "--k: 31 is not valid; it takes 1 to 30, the number of items"),
-        (["--k=0"], "argument --k: '0' is not valid; it takes an integer >= 1"),
-        (["--k=many"], "argument --k: 'many' is not valid; it takes an integer >= 1"),
+        (["--k=0"], "--k: 0 is not valid"),
+        (["--k=many"], "argument --k: invalid int value: 'many'"),
         (["--output=top.txt"], "--output: 'top.txt' is not valid; it takes a file that ends in .csv or .parquet"),
         (["--users=nobody.txt"], "--users: there is no file 'nobody.txt'"),
         (["--users=users.txt"], "--users: 2 of the 3 users of 'users.txt' are not in tiny as the .* the first is 'x'"),

@@ -33,7 +33,7 @@ def test_recbole_finds_the_model_its_data_set_and_its_trainer(tiny_config, cls):
 
 
 def test_defaults_of_the_two_models(tiny_config):
-    assert Config("SASRecCCE", "tiny", config_dict=tiny_config)["loss_type"] == "CCE-"
+    assert Config("SASRecCCE", "tiny", config_dict=tiny_config)["loss_type"] == "auto"
     assert Config("SASRecSCE", "tiny", config_dict=tiny_config)["loss_type"] == "SCE"
 
 
@@ -78,7 +78,7 @@ def module(tmp_path, monkeypatch, name, cls):
 def test_register_a_model(tmp_path, monkeypatch, tiny_config):
     cls = module(tmp_path, monkeypatch, "own_model", "OwnSASRec")
     defaults = tmp_path / "OwnSASRec.yaml"
-    defaults.write_text(registry.MODELS["SASRecCCE"].read_text().replace("loss_type: 'CCE-'", "loss_type: 'gBCE'"))
+    defaults.write_text(registry.MODELS["SASRecCCE"].read_text().replace("loss_type: auto", "loss_type: gBCE"))
 
     class OwnTrainer(registry.EfficientTrainer):
         pass

@@ -43,7 +43,7 @@ DTYPES = ["bf16", "half", "float64", "int8", None, True, 16]
 # key: (right values, wrong values, what the error must list)
 KEYS = {
     "loss_type": (
-        ["CE", "CCE", "CCE-", "CE-", "SCE", "BCE", "gBCE"],
+        ["auto", "CE", "CCE", "CCE-", "CE-", "SCE", "BCE", "gBCE"],
         ["cce", "CCE--", "BPR", "", None, True, 3],
         "CE, CCE, CCE-, CE-, SCE, BCE, gBCE",
     ),
@@ -85,9 +85,12 @@ KEYS["train_batch_size"] = (["auto", 1, 7], [*INTEGERS, 10**30], "an integer >= 
 KEYS |= dict.fromkeys(
     ["epochs", "stopping_step", "eval_step", "worker"], ([0, 7], [*INTEGERS[1:], 10**30, "auto"], "an integer >= 0")
 )
-KEYS |= dict.fromkeys(["hidden_dropout_prob", "attn_dropout_prob"], ([0, 0.5, 1], [*REALS, -0.1, 1.5], "from 0 to 1"))
+KEYS["attn_dropout_prob"] = ([0, 0.5, 1], [*REALS, -0.1, 1.5], "from 0 to 1")
+KEYS["hidden_dropout_prob"] = (["auto", 0, 0.5, 1], [*REALS[1:], "Auto", -0.1, 1.5], "from 0 to 1 or auto")
+KEYS["learning_rate"] = (["auto", 0, 1e-12, 3], [*REALS[1:], "Auto", -0.1], "a number >= 0 or auto")
+KEYS["checkpoint_interval"] = (["auto", 0, 0.5, 600], [*REALS[1:], "Auto", -0.1], "a number >= 0 or auto")
 KEYS |= dict.fromkeys(
-    ["learning_rate", "weight_decay", "layer_norm_eps", "initializer_range"],
+    ["weight_decay", "layer_norm_eps", "initializer_range"],
     ([0, 1e-12, 0.02, 3], [*REALS, -0.1], "a number >= 0"),
 )
 KEYS |= dict.fromkeys(["reg_weight", "tail_ratio"], ([None, 0, 0.1], ["much", True, [0.5], -0.1], "a number >= 0"))
@@ -350,7 +353,7 @@ WAYS = {
     "num_negative: 5": "there is no key 'num_negative'; did you mean num_negatives",
     "lossType: SCE": "there is no key 'lossType'; did you mean loss_type",
     "xyzzy: 1": "there is no key 'xyzzy'",
-    "loss_type:": "loss_type: None is not valid; it takes one of CE, CCE",
+    "loss_type:": "loss_type: None is not valid; it takes one of auto, CE, CCE",
     "n_buckets: many": "n_buckets: 'many' is not valid; it takes an integer >= 1 or auto",
     "user_inter_num_interval: '[3,inf'": "user_inter_num_interval: '[3,inf' is not valid; it takes an interval",
 }

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 BUFFER_ELEMENTS = 2**23  # fp32 numbers, or keys of twice the size, that are held at a time
+HOPPER_MEMORY = 200 * 2**10  # bytes of shared memory: chips that multiply 16 bits out of it have more
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

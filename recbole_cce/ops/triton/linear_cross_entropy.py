@@ -16,7 +16,15 @@ import triton
 from recbole_cce.ops.derivatives import first_derivative
 from recbole_cce.ops.triton.direction import scale_direction
 from recbole_cce.ops.triton.full_kernels import full_combine_kernel, full_forward_kernel, full_weight_gradient_kernel
-from recbole_cce.ops.triton.launch import custom_op, matrix_options, num_processors, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import (
+    HOPPER_MEMORY,
+    custom_op,
+    matrix_options,
+    num_processors,
+    padded,
+    precision,
+    shared_memory,
+)
 from recbole_cce.ops.triton.negatives import NO_PADDING
 
 try:
@@ -54,6 +62,9 @@ def full_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
         shared_memory: bytes a program can have.
     """
     width = padded(dim)
+    if itemsize == 4 and shared_memory < HOPPER_MEMORY:  # what stays in registers there
+        stay, stream = (64, 32) if width <= 128 else (32, 16) if width <= 256 else (16, 16)
+        return Blocks(stay, stream, 8, 1)
     if itemsize == 4:  # products without tensor cores take their operands through registers: smaller tiles
         for stay, stream, num_warps in ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 8)):
             tiles = (stay + 2 * stream) * width * 4 + stay * stream * 4 + 512

@@ -16,7 +16,15 @@ from recbole_cce.ops.derivatives import first_derivative
 from recbole_cce.ops.negatives import Popularity, num_groups
 from recbole_cce.ops.reference.sampled_cross_entropy import Draws
 from recbole_cce.ops.triton.direction import scale_direction
-from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, custom_op, matrix_options, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import (
+    BUFFER_ELEMENTS,
+    HOPPER_MEMORY,
+    custom_op,
+    matrix_options,
+    padded,
+    precision,
+    shared_memory,
+)
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel
 from recbole_cce.ops.triton.tile_kernels import tile_forward_kernel, tile_weight_gradient_kernel
@@ -33,7 +41,6 @@ class Blocks:
     halves: bool = False
 
 
-HOPPER_MEMORY = 200 * 2**10  # bytes of shared memory: chips that multiply out of it have more
 ROOM = 15 / 16  # of a chip's shared memory is planned with: another Triton may take some more
 
 

@@ -15,6 +15,7 @@ from recbole.evaluator import metrics as recbole_metrics
 
 from recbole_cce import evaluation
 from recbole_cce.evaluation import auto_chunk_items, chunked_topk
+from recbole_cce.history import History
 from tests.build import experiment
 from tests.conftest import write_inter
 from tests.memory import LargestOutput
@@ -358,11 +359,12 @@ def test_many_users_and_items_need_four_gib(tiny_config):
     model.item_embedding = torch.nn.Embedding(1_600_001, 128, device="cuda")
     lists = torch.randint(1, 1_600_001, (4096, 200))
     rows = Interaction({"item_id_list": lists, "item_length": torch.full((4096,), 200)})
-    seen = torch.arange(4096).repeat_interleave(200), lists.flatten()
+    row = torch.arange(4096).repeat_interleave(200)
+    history = History(row, lists.flatten(), torch.ones_like(row))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.no_grad():
-        scores, items = evaluation.top_items(model, rows, 100, "auto", seen)
+        scores, items = evaluation.top_items(model, rows, 100, "auto", history, exclude_seen=True)
         beyond = torch.cuda.max_memory_allocated() - before
         assert beyond <= 4 * 2**30, beyond
         hidden = model.forward(rows["item_id_list"][:8].cuda(), rows["item_length"][:8].cuda())

@@ -75,6 +75,7 @@ def test_exact_loss_follows_recboles_curve(tiny_config, tiny, device, monkeypatc
         "SASRecCCE",
         {
             **settings,
+            "repeat_bias": "none",
             "loss_type": "CCE",
             "loss_backend": "triton" if device == "cuda" else "torch",
             "train_targets": "last",

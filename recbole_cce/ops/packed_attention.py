@@ -51,8 +51,10 @@ def packed_attention(
     check_packed(query, key, value, spans, dropout_p)
     seed = make_seed(seed, query.device) if dropout_p > 0 else None
     chosen = backends.choose("packed_attention", backend, query.device, (query.dtype,), query.size(-1))
-    waits = chosen == "torch" or spans.device.type == "cpu" or torch.is_anomaly_enabled()
-    if waits and not torch.compiler.is_compiling():
+    # where that waits for nothing, or a fault is looked for; torch.compile traces neither
+    if not torch.compiler.is_compiling() and (
+        chosen == "torch" or spans.device.type == "cpu" or torch.is_anomaly_enabled()
+    ):
         check_spans(spans)
     if chosen == "triton":
         derivatives.refuse_forward_mode(query, key, value)

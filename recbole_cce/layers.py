@@ -54,6 +54,11 @@ class Packing(NamedTuple):
     spans: torch.Tensor
     width: int
 
+    @property
+    def from_end(self) -> torch.Tensor:
+        """[P] int64, how many places of its sequence come after each place."""
+        return self.spans[:, 1] - 1 - torch.arange(len(self.spans), device=self.spans.device)
+
 
 def packs(attention: str, positions: int | None, padded: int) -> bool:
     """Whether `attention` means packed for a batch of `positions` real ones, None if unknown, among `padded`."""

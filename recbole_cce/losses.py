@@ -71,6 +71,7 @@ class CE(Loss):
     """Full cross-entropy with all logits in memory, as RecBole's own head; the padding item is no candidate."""
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        hidden = of_targets(hidden, target)
         with self.precision(hidden.device):
             logits = hidden.to(weight.dtype) @ weight[1:].T
         loss = F.cross_entropy(at_least_float32(logits), target - 1, ignore_index=-1, reduction="sum")
@@ -112,15 +113,14 @@ class CEMinus(SampledLoss):
             self.sampler, negatives.new_seed(device), groups, self.num_negatives, len(weight), padding_idx=0
         )
         drawn = drawn[torch.arange(len(hidden), device=device) % len(groups)]
-        hidden = hidden.to(weight.dtype)
+        hidden, valid = of_targets(hidden, target).to(weight.dtype), target != 0
         with self.precision(device):
-            positive = at_least_float32(torch.einsum("nd,nd->n", hidden, weight[target]))
+            positive = at_least_float32(torch.einsum("nd,nd->n", hidden, weight[target.where(valid, 1)]))
             negative = at_least_float32(torch.einsum("nd,nkd->nk", hidden, weight[drawn]))
         if self.logq_correction:
             negative = negative - (self.sampler.log_q(drawn - 1, len(weight) - 1) + math.log(self.num_negatives))
         negative = negative.masked_fill(drawn == target[:, None], -torch.inf)
         loss = torch.logsumexp(torch.cat([positive[:, None], negative], dim=1), dim=1) - positive
-        valid = target != 0
         return torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)
 
 
@@ -205,6 +205,11 @@ LOSSES: dict[str, type[Loss]] = {
     "BCE": BCE,
     "gBCE": GBCE,
 }
+
+
+def of_targets(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Zero for [N, D] hidden states whose target is the padding item: what they hold reaches no gradient."""
+    return hidden.masked_fill((target == 0)[:, None], 0)
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:

@@ -250,6 +250,9 @@ KEYS: dict[str, Key] = {
         "recbole: RecBole's SASRec; original: that of its authors' code, with the same parameters",
         *_one_of("recbole", "original"),
     ),
+    "positions": Key(
+        "where positions are counted from: the first item of a history or the last", *_one_of("start", "end")
+    ),
     "attention": Key(
         "attention; packed: no layer works on padding; auto: packed where at most half of a training batch is real, or "
         "sdpa",

@@ -238,3 +238,23 @@ def test_ce_is_torch_cross_entropy():
 def test_loss_backend_reaches_the_op(loss_type):
     with pytest.raises(RuntimeError, match="backend: 'triton' cannot run"):
         make(loss_type, loss_backend="triton")(*problem())
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_ignored_rows_hold_anything(loss_type):
+    """NaN in the hidden states of ignored rows and in the padding row changes neither the loss nor a gradient."""
+
+    def gradients(filled):
+        hidden, target, weight = problem()
+        if filled is not None:
+            with torch.no_grad():
+                hidden[target == 0], weight[0] = filled, filled
+        torch.manual_seed(3)
+        loss = make(loss_type)(hidden, target, weight)
+        return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+    expected = gradients(None)
+    assert expected[0].isfinite()
+    for filled in (torch.nan, torch.inf):
+        for found, right in zip(gradients(filled), expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=0, atol=0)

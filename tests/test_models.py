@@ -87,6 +87,22 @@ def test_scores_are_those_of_recbole(pair, model, attention, length):
         torch.testing.assert_close(ours.predict(rows), stock.predict(rows), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_positions_from_the_end(pair, attention):
+    """RecBole's model has the same scores for a row of n items with the vectors of its first n positions reversed."""
+    stock, ours = pair(attention=attention, positions="end", MAX_ITEM_LIST_LENGTH=6)
+    stock.eval(), ours.eval()
+    rows = batch(stock.n_items, 6)
+    own = stock.position_embedding.weight.detach().clone()
+    with torch.no_grad():
+        scores = ours.full_sort_predict(rows)
+        for row, length in enumerate(rows["item_length"].tolist()):
+            stock.position_embedding.weight[:length] = own[:length].flip(0)
+            expected = stock.full_sort_predict(rows[row : row + 1])
+            torch.testing.assert_close(scores[row : row + 1], expected, rtol=0, atol=1e-5)
+            stock.position_embedding.weight.copy_(own)
+
+
 def original_sasrec(model, items, dropout):
     """Hidden states [L, D] of the authors' model for one row without padding, with what `dropout` does to a tensor."""
     heads, weights = model.n_heads, model.state_dict()

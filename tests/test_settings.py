@@ -58,6 +58,7 @@ KEYS = {
     "negative_alpha": ([0, 0.75, 10.0], [*REALS, -0.1, 10.5], "a number from 0 to 10"),
     "logq_correction": ([True, False], FLAGS, "True, False"),
     "exclude_seen": ([True, False], FLAGS, "True, False"),
+    "positions": (["start", "end"], ["first", "", None, True], "start, end"),
     "repeat_bias": (["auto", "learned", "none"], ["Auto", "", None, True, 0.5], "auto, learned, none"),
     "mix_x": ([True, False], FLAGS, "True, False"),
     "n_buckets": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),

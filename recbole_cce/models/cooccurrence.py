@@ -14,7 +14,7 @@ from recbole.utils import InputType
 from torch import nn
 
 from recbole_cce.data_rows import TARGET_ROW
-from recbole_cce.evaluation import SCORE_ELEMENTS, TopK
+from recbole_cce.evaluation import PADDING, TopK
 from recbole_cce.trainer import EfficientTrainer
 
 WINDOW = 20  # interactions: the distance of a pair, and the last ones of a history that count
@@ -29,7 +29,7 @@ class Cooccurrence(SequentialRecommender):
 
     i_a is the a-th last item of the history; a pair is two interactions of one user in the training split that are
     d = 1 to 20 apart; n counts an item there. The held-out item's score is made a little smaller: where scores are
-    equal, it comes after the others.
+    equal, it comes after the others. In full ranking, items without a score are not recommended.
     """
 
     input_type = InputType.POINTWISE
@@ -47,19 +47,25 @@ class Cooccurrence(SequentialRecommender):
         """Zero."""
         return self.nothing.sum() * 0
 
-    def full_sort_predict(self, interaction: Interaction) -> torch.Tensor:
-        """[B, V+1] scores after the lists of a batch."""
+    def scores(self, interaction: Interaction) -> scipy.sparse.csr_matrix:
+        """[B, V+1] scores after the lists of a batch; most are 0, and those of the held-out items a little smaller."""
         items, lengths = (interaction[field].cpu().numpy() for field in (self.ITEM_SEQ, self.ITEM_SEQ_LEN))
         age = lengths[:, None] - np.arange(items.shape[1])  # 1 for the last one
         row, place = np.nonzero((age >= 1) & (age <= WINDOW))
         weights = RECENCY ** (age[row, place] - 1).astype(np.float32)
         recent = scipy.sparse.csr_matrix((weights, (row, items[row, place])), shape=(len(items), self.n_items))
-        scores = torch.from_numpy((recent @ self.pairs).toarray()).to(self.nothing.device)
+        scores = recent @ self.pairs
         if self.POS_ITEM_ID in interaction:
-            held_out = interaction[self.POS_ITEM_ID].to(scores.device)[:, None]
-            lower = torch.nextafter(scores.gather(1, held_out), scores.new_tensor(-torch.inf))
-            scores.scatter_(1, held_out, lower)
+            held_out = (
+                interaction[self.POS_ITEM_ID].cpu().numpy()[np.repeat(np.arange(len(items)), np.diff(scores.indptr))]
+            )
+            found = scores.indices == held_out
+            scores.data[found] = np.nextafter(scores.data[found], np.float32(-np.inf))
         return scores
+
+    def full_sort_predict(self, interaction: Interaction) -> torch.Tensor:
+        """[B, V+1] scores after the lists of a batch."""
+        return torch.from_numpy(self.scores(interaction).toarray()).to(self.nothing.device)
 
     def predict(self, interaction: Interaction) -> torch.Tensor:
         """[B] scores of one item a row."""
@@ -81,16 +87,26 @@ class CooccurrenceTrainer(EfficientTrainer):
         if self.eval_collector.needs_scores():
             return super()._full_sort_batch_eval(batched_data)
         interaction, _, positive_u, positive_i = batched_data
-        parts = []
-        for rows in torch.arange(len(interaction)).split(max(1, SCORE_ELEMENTS // self.model.n_items)):
-            part = interaction[rows]
-            scores = self.model.full_sort_predict(part)
-            scores[:, 0] = -torch.inf
-            if self.config["exclude_seen"]:
-                history = self.evaluated.history(part)
-                scores[history.row.to(scores.device), history.item.to(scores.device)] = -torch.inf
-            parts.append(scores.topk(max(self.config["topk"]), dim=1).indices)
-        return interaction, TopK(torch.cat(parts)), positive_u, positive_i
+        scores = self.model.scores(interaction)
+        if self.config["exclude_seen"]:
+            history = self.evaluated.history(interaction)
+            pairs = np.ones(len(history.row), dtype=np.float32), (history.row.numpy(), history.item.numpy())
+            scores = scores - scores.multiply(scipy.sparse.csr_matrix(pairs, shape=scores.shape))
+        items = best_items(scipy.sparse.csr_matrix(scores), max(self.config["topk"]))
+        return interaction, TopK(torch.from_numpy(items)), positive_u, positive_i
+
+
+def best_items(scores: scipy.sparse.csr_matrix, k: int) -> np.ndarray:
+    """[B, k] the items with the largest scores above 0, best first; PADDING where a row has fewer."""
+    best = np.full((scores.shape[0], k), PADDING, dtype=np.int64)
+    for row, (first, end) in enumerate(zip(scores.indptr, scores.indptr[1:], strict=False)):
+        values, items = scores.data[first:end], scores.indices[first:end]
+        if len(values) > k:
+            largest = np.argpartition(-values, k)[:k]
+            values, items = values[largest], items[largest]
+        order = np.argsort(-values)[: np.count_nonzero(values > 0)]
+        best[row, : len(order)] = items[order]
+    return best
 
 
 def counted_pairs(users: np.ndarray, items: np.ndarray, target: np.ndarray, size: int) -> scipy.sparse.csr_matrix:

@@ -31,6 +31,7 @@ class EfficientSASRec(SASRec):
     """RecBole's SASRec with its head replaced: same parameters, same scores, other loss.
 
     Each position of a row predicts the next item; with `train_targets: last` only the last one does, as in RecBole.
+    `positions: end` counts positions from the last item, so that a next item is always predicted from position 0.
     `architecture: original` has the same parameters in the order of the authors' code: item vectors are multiplied by
     sqrt(D), keys and values are not normalised, dropout is in other places, matrices begin with Xavier's weights.
     """
@@ -47,6 +48,7 @@ class EfficientSASRec(SASRec):
         self.train_targets = config["train_targets"]
         self.attention = config["attention"]
         self.architecture = config["architecture"]
+        self.positions = config["positions"]
         if self.architecture == "original":
             for parameter in self.parameters():
                 if parameter.dim() > 1:
@@ -85,7 +87,8 @@ class EfficientSASRec(SASRec):
             vectors = vectors * self.hidden_size**0.5
         if isinstance(where, Packing):  # not compiled: torch 2.6 then gets the gradient wrong
             # as in rows_at(); few rows and many places would make the sort slow besides
-            vectors = vectors + self.position_embedding.weight.index_select(0, where.position)
+            position = where.position if self.positions == "start" else where.from_end
+            vectors = vectors + self.position_embedding.weight.index_select(0, position)
         return self._encoded(vectors, where).flatten(0, -2), where, table
 
     def _encoded(self, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
@@ -206,7 +209,12 @@ def encoded(model: SASRec, vectors: torch.Tensor, where: torch.Tensor | Packing)
     """Hidden states [..., D] of items' vectors [B, L, D], or of packed ones [P, D] with those of their positions added;
     `where` as of layers.encode."""
     if not isinstance(where, Packing):
-        vectors = vectors + model.position_embedding.weight[: vectors.size(1)]
+        table = model.position_embedding.weight
+        if model.positions == "start":
+            vectors = vectors + table[: vectors.size(1)]
+        else:
+            after = where.sum(1, keepdim=True) - 1 - torch.arange(vectors.size(1), device=vectors.device)
+            vectors = vectors + table.index_select(0, after.clamp(min=0).flatten()).view_as(vectors)
     if model.architecture == "original":
         return encode_original(model.trm_encoder, model.LayerNorm, model.dropout(vectors), where)
     return encode(model.trm_encoder, model.dropout(model.LayerNorm(vectors)), where, model.attention)

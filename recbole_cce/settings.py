@@ -265,7 +265,7 @@ KEYS: dict[str, Key] = {
         *_one_of("auto", True, False),
     ),
     "checkpoint_interval": Key(
-        "seconds between two files of a run at least; auto: so many that saving takes 5% of its time at most",
+        "seconds between two files of a run at least; auto: so many that saving takes a twentieth of its time at most",
         *_seconds(),
     ),
     "adam_betas": Key("beta1 and beta2 of adam and adamw", "two numbers in [0, 1), such as [0.9, 0.98]", _betas),

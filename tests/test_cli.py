@@ -22,6 +22,7 @@ from recbole.utils import url
 
 from recbole_cce import checks, cli, compat, evaluation, quick_start, registry, settings
 from recbole_cce.ops import linear_cross_entropy
+from recbole_cce.saved_config import rebuilt
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python
 
@@ -57,7 +58,7 @@ def mistake(command, capsys):
 
 def saved_config(tmp_path, model="SASRecCCE"):
     (file,) = (tmp_path / "saved").glob(f"{model}-*.pth")
-    return torch.load(file)["config"]
+    return rebuilt(torch.load(file)["config"])
 
 
 # Runs
@@ -193,13 +194,16 @@ def saved(command, tmp_path):
         ),
         (
             ["--resume=saved/SASRecSCE-a.pth"],
-            "--resume: saved/SASRecSCE-a.pth is a checkpoint of SASRecSCE on tiny, not of SASRecCCE on tiny",
+            "--resume: saved/SASRecSCE-a.pth is a checkpoint of model SASRecSCE, not of SASRecCCE",
         ),
         (
             ["--resume=saved/SASRecCCE-c.pth"],
-            "--resume: saved/SASRecCCE-c.pth is a checkpoint of SASRecCCE on other, not of SASRecCCE on tiny",
+            "--resume: saved/SASRecCCE-c.pth is a checkpoint of dataset other, not of tiny",
         ),
-        (["--resume", "--hidden_size=8"], "the checkpoint's item table is 30 items x 16, this model's is 30 items x 8"),
+        (
+            ["--resume", "--hidden_size=8"],
+            "--resume: saved/SASRecCCE-b.pth is a checkpoint of hidden_size 16, not of 8",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -280,7 +284,7 @@ def test_a_file_of_comments_only(monkeypatch, command, tmp_path):
     [
         (
             ["recommend", "--chekpoint=x", "--output=y.csv"],
-            "there is no option --chekpoint; did you mean --checkpoint?",
+            "there is no option --chekpoint; did you mean --checkpoint or --trust_checkpoint or --trust-checkpoint?",
         ),
         (["export", "--checkpoint=x", "--ouput=y"], "there is no option --ouput; did you mean --output?"),
         (["recommend", "--checkpoint=x", "y.csv", "--output=y.csv"], "'y.csv' is not understood; flags are written "),

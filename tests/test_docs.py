@@ -200,6 +200,7 @@ def test_page_of_losses_has_every_loss_and_its_keys():
         "attention",
         "cuda_graph",
         "compile_encoder",
+        "checkpoint_interval",
         "adam_betas",
         "positions",
         "repeat_bias",

@@ -204,7 +204,6 @@ def test_page_of_losses_has_every_loss_and_its_keys():
         "adam_betas",
         "positions",
         "repeat_bias",
-        "checkpoint_interval",
         "exclude_seen",
         "eval_chunk_items",
     }

@@ -23,7 +23,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 import recbole_cce  # noqa: F401  registers the models
 from recbole_cce import quick_start
 from recbole_cce.data import TARGET_COUNT, Places
-from recbole_cce.dry_run import DryRun, Shape, catalogue
+from recbole_cce.dry_run import WITHOUT_DATA, DryRun, Shape, catalogue
 from recbole_cce.losses import LOSSES, SampledLoss
 from recbole_cce.out_of_memory import GIB
 
@@ -74,6 +74,7 @@ def measured(setting: Setting) -> int:
         [],
         {
             **setting.shape.settings,
+            **WITHOUT_DATA,
             "loss_type": setting.loss_type,
             "num_negatives": setting.negatives,
             "train_batch_size": setting.rows,

@@ -37,6 +37,10 @@ KEPT = 12  # bytes a number of a parameter and Adam's two moments, all fp32
 CUBLAS = 2**26  # workspaces of cuBLAS on an H100: 32 MiB for the forward, 32 for the backward pass
 
 
+# In the place of auto where there are no data: memory is the same with any dropout but 0, and any learning rate.
+WITHOUT_DATA = {"hidden_dropout_prob": 0.5, "learning_rate": 0.001, "loss_type": "CCE-"}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A model: V `items`, rows of `length` positions, D = `hidden`; otherwise RecBole's SASRec."""
@@ -50,10 +54,8 @@ class Shape:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """RecBole's keys, and values for those that the data would decide: memory is the same with any dropout but 0."""
+        """RecBole's keys."""
         return {
-            "hidden_dropout_prob": 0.5,
-            "learning_rate": 0.001,
             "MAX_ITEM_LIST_LENGTH": self.length,
             "hidden_size": self.hidden,
             "n_layers": self.layers,
@@ -243,7 +245,7 @@ class DryRun:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.config = quick_start.configuration("SASRecCCE", "none", [], {**shape.settings, "loss_type": "CCE-"})
+        self.config = quick_start.configuration("SASRecCCE", "none", [], {**shape.settings, **WITHOUT_DATA})
         self.fake = FakeTensorMode()
         self.model = SASRecCCE(self.config, catalogue(self.config, 1))
         for module in self.model.modules():

@@ -153,7 +153,10 @@ def test_processes_of_several_machines(monkeypatch):
         ("--nproc=2", r"--nproc=2 needs 2 GPUs, but gpu_id='' names [01]; use --gpu_id=0,1"),
         ("--epochs", r"'--epochs' is not understood; flags are written --key=value"),
         ("epochs=3", r"'epochs=3' is not understood; flags are written --key=value"),
-        ("--loss_type=CCEE", r"loss_type: 'CCEE' is not valid; it takes one of CE, CCE, CCE-, CE-, SCE, BCE, gBCE"),
+        (
+            "--loss_type=CCEE",
+            r"loss_type: 'CCEE' is not valid; it takes one of auto, CE, CCE, CCE-, CE-, SCE, BCE, gBCE",
+        ),
         ("--dataset=tyni", r"\[tyni\] a known dataset name"),
         ("--metrics=['Recal']", r"metrics: 'Recal' is not valid; did you mean Recall.*; it takes names of AUC, "),
         ("--topk=0", r"topk: 0 is not valid; it takes an integer >= 1"),
@@ -371,7 +374,7 @@ def test_help_explains_the_keys_and_shows_examples(monkeypatch, capsys):
         assert f"--{name}=" in text
         assert key.help in text
         assert key.valid in text
-    assert "--loss_type=CCE-\n" in text  # the default of SASRecCCE
+    assert "--loss_type=auto\n" in text  # the default of SASRecCCE
     examples = [line.split("  ")[1] for line in text.splitlines() if line.startswith("  run_recbole_cce.py")]
     assert len(examples) >= 5
     for example in examples:

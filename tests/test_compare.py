@@ -354,7 +354,7 @@ def test_a_damaged_result_is_named_and_repeated(study, monkeypatch, capsys, kind
     (run,) = folder.glob("study/runs/SASRecCCE-2021-*")
     kept = {file: file.read_bytes() for file in run.iterdir()}
     other = next(folder.glob("study/runs/SASRecCCE-2020-*"))
-    parts = [folder / "study" / f".table.csv.{7**30}", other / f".SASRecCCE.pth.{5**40}"]
+    parts = [folder / "study" / f".table.csv.{7**30:039}", other / f".SASRecCCE.pth.{5**40:039}"]
     for part in parts:
         part.write_text("of a command that was killed")
     repeated = []

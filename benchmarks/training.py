@@ -164,6 +164,8 @@ class Data:
             "MAX_ITEM_LIST_LENGTH": self.shape.length,
             "hidden_size": self.shape.columns,
             "train_batch_size": self.shape.batch,
+            "hidden_dropout_prob": 0.5,
+            "learning_rate": 0.001,
             "user_inter_num_interval": None,
             "item_inter_num_interval": None,
             "train_neg_sample_args": None,

@@ -23,7 +23,7 @@ from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_cce import auto_settings, data_cache, downloads
+from recbole_cce import auto_settings, data_cache, downloads, repeats
 from recbole_cce.data_rows import TARGET_ROW, Gathered, Rows
 from recbole_cce.errors import UserError
 from recbole_cce.history import History, UserHistories, listed
@@ -210,7 +210,7 @@ class LeanSequentialDataset(SequentialDataset):
         rows = self._with_lists(of_index, self.max_item_list_len)
         if self.windows is not None:
             rows.update(Interaction({TARGET_COUNT: self._target_counts(rows)}))
-        elif (self.config["exclude_seen"] or self.config["repeat_bias"] != "none") and TARGET_ROW in of_index:
+        elif (self.config["exclude_seen"] or repeats.wanted(self.config)) and TARGET_ROW in of_index:
             rows.update(Interaction({TARGET_ROW: of_index[TARGET_ROW]}))
         return self.join(rows) if join else rows
 

@@ -89,13 +89,14 @@ def top_items(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """chunked_topk() for the lists of a batch, which is on the CPU as `history` is; chunk_items: eval_chunk_items.
 
-    Items of the history, where it is given, get the model's `repeat_bias`, or come last with `exclude_seen`.
+    Items of the history, where it is given, get the model's `repeat_bias`, or are left out with `exclude_seen`.
     """
     hidden = user_vectors(model, rows)
     if history is not None:
-        addends = model.repeat_bias[age_group(history.age)]
         if exclude_seen:
-            addends = torch.full_like(addends, -torch.inf)
+            addends = torch.full(history.age.shape, -torch.inf)
+        else:
+            addends = model.repeat_bias[age_group(history.age)]
         added = tuple(part.to(hidden.device) for part in (history.row, history.item, addends))
     return chunked_topk(
         hidden,

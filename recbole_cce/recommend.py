@@ -14,7 +14,7 @@ from recbole.utils import set_color
 from torch import nn
 from tqdm import tqdm
 
-from recbole_cce import checkpoints, quick_start, registry
+from recbole_cce import checkpoints, quick_start, registry, repeats
 from recbole_cce.data import LeanSequentialDataset
 from recbole_cce.errors import UserError
 from recbole_cce.evaluation import top_items
@@ -132,7 +132,7 @@ def recommendations(
     progress = tqdm(batches, ncols=100, desc=set_color("Recommend", "pink"), disable=not config["show_progress"])
     for batch in progress:
         rows = dataset.latest(batch)
-        history = dataset.history(rows)
+        history = dataset.history(rows) if exclude_seen or repeats.wanted(config) else None
         top = top_items(model, rows, k, config["eval_chunk_items"], history, exclude_seen)
         scores, items = (part.cpu() for part in top)
         left = scores > -torch.inf

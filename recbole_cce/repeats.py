@@ -6,7 +6,9 @@ item of the user's own history gets one more number, by how long ago the user la
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +22,11 @@ ROWS = 2**14  # training rows that the numbers are fitted to, at most
 PRIOR = 0.01  # weight of a normal prior about 0, which keeps the numbers finite where nobody returns
 PAIR_NUMBERS = 2**26  # numbers of the vectors of pairs that are held at a time
 NEWTON_STEPS = 50
+
+
+def wanted(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration asks for the term; models without the key have none."""
+    return config["repeat_bias"] in ("auto", "learned")
 
 
 def age_group(age: torch.Tensor) -> torch.Tensor:

@@ -355,7 +355,7 @@ class EfficientTrainer(Trainer):
 
         Without dropout a model is surer of itself, and its numbers would answer that too.
         """
-        if self.config["repeat_bias"] == "none" or self.config["exclude_seen"] or self.prepared_for is None:
+        if not repeats.wanted(self.config) or self.config["exclude_seen"] or self.prepared_for is None:
             return
         data = self.prepared_for[0].dataset
         self.model.train()
@@ -548,7 +548,7 @@ class EfficientTrainer(Trainer):
             return super()._full_sort_batch_eval(batched_data)
         interaction, _, positive_u, positive_i = batched_data
         exclude_seen = self.config["exclude_seen"]
-        with_history = exclude_seen or self.config["repeat_bias"] != "none"
+        with_history = exclude_seen or repeats.wanted(self.config)
         _, items = top_items(
             self.model,
             interaction,

@@ -34,7 +34,7 @@ from tests.conftest import write_inter
 from tests.process import SCRIPT, python_path
 
 COMMAND = ["--models=SASRec,SASRecCCE", "--dataset=tiny", "--config_files=tiny.yaml", "--seeds=2020,2021"]
-COMMAND += ["--learning_rate=0.01", "--parallel=2", "--output=study"]
+COMMAND += ["--learning_rate=0.01", "--repeat_bias=none", "--parallel=2", "--output=study"]
 
 NO_MEMORY = """
 import torch
@@ -314,8 +314,7 @@ def test_out_of_memory_and_failures_are_rows(study):
         assert [row["runs"] for row in rows.values()][:2] == ["1 finished", "1 out of memory"]
         reason = "The hidden size (16) is not a multiple of the number of attention heads (3)"
         assert rows["broken"]["runs"].startswith("1 failed: ValueError: ") and reason in rows["broken"]["runs"]
-        # the last line of the message is "]."
-        assert rows["bare"]["runs"].startswith("1 failed: ValueError: [time] is not exist in interaction [")
+        assert rows["bare"]["runs"].startswith("1 failed: UserError: TIME_FIELD: 'time' is not a column of ")
         assert rows["NoMemory"]["ndcg@10"] == rows["broken"]["ndcg@10"] == ""
         assert "<td>out of memory</td>" in page and reason in page
         assert results(folder)["NoMemory-2020"]["parallel"] == 1

@@ -202,6 +202,8 @@ def test_page_of_losses_has_every_loss_and_its_keys():
         "compile_encoder",
         "checkpoint_interval",
         "adam_betas",
+        "positions",
+        "repeat_bias",
         "exclude_seen",
         "eval_chunk_items",
     }

@@ -90,6 +90,8 @@ def load(checkpoint: str, trust: bool) -> tuple[Any, nn.Module, LeanSequentialDa
     if name not in registry.MODELS:
         raise UserError(f"--checkpoint: {checkpoint!r} is one of {name}; it takes one of {', '.join(registry.MODELS)}")
     config, model, _, train_data, _, _ = quick_start.data_and_model(state)
+    if not hasattr(model, "item_embedding"):
+        raise UserError(f"--checkpoint: {checkpoint!r} is one of {name}, which has no item vectors")
     return config, model.eval(), train_data.dataset
 
 

@@ -364,7 +364,10 @@ class EfficientTrainer(Trainer):
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.config["seed"])
             vectors = user_vectors(self.model, rows)
-        self.model.repeat_bias = repeats.fit(self.model, vectors, target, data.history(rows))
+        bias = repeats.fit(self.model, vectors, target, data.history(rows)).to(self.device)
+        if self.distributed:  # devices may round in their own ways, and one model has one term
+            distributed.broadcast(bias, 0)
+        self.model.repeat_bias = bias.cpu()
         self.logger.info(set_color("own items", "blue") + f": {repeats.described(self.model.repeat_bias)}")
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from recbole_cce import recommend
+from recbole_cce.errors import UserError
 from tests.build import experiment
 
 
@@ -62,3 +64,10 @@ def test_runs_as_any_model(tiny_config):
     assert best and 0 <= score <= 1
     assert run.trainer.evaluate(run.test)["recall@10"] >= 0
     assert torch.equal(run.model.nothing, torch.zeros(1))
+
+
+def test_nothing_to_recommend_by(tiny_config):
+    run = experiment("Cooccurrence", {**tiny_config, "MAX_ITEM_LIST_LENGTH": 12})
+    run.trainer.fit(run.train, run.valid)
+    with pytest.raises(UserError, match="is one of Cooccurrence, which has no item vectors"):
+        recommend.recommend(run.trainer.saved_model_file, "top.csv")

@@ -320,7 +320,7 @@ def test_a_flag_twice(mistake):
         ("- 1\n- 2", r"--config_files: 'own\.yaml' holds no 'key: value' lines"),
         ("model: SASReck", r"--model: there is no model 'SASReck'; did you mean SASRec"),
         ("model:", r"--model: there is no model None"),
-        ("loss_type:", r"loss_type: None is not valid; it takes one of CE, CCE"),
+        ("loss_type:", r"loss_type: None is not valid; it takes one of auto, CE, CCE"),
         ("num_negative: 1", r"there is no key 'num_negative'; did you mean num_negatives"),
         ("lossType: SCE", r"there is no key 'lossType'; did you mean loss_type"),
         ("xyzzy: 1", r"there is no key 'xyzzy'$"),

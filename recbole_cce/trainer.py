@@ -84,7 +84,7 @@ class EfficientTrainer(Trainer):
         self.resumed: dict[str, Any] | None = None
         self.valid_result: dict[str, float] | None = None
         self.saves = False
-        self.trained_epoch = self.saved_epoch = -1
+        self.trained_epoch = self.saved_epoch = self.fitted_epoch = -1
         self.writer = checkpoints.Writer()
         self.best_state: dict[str, Any] | None = None  # of the best epoch, where it is still to be written
         self.at_risk = False  # an epoch has been trained that is not saved
@@ -357,6 +357,7 @@ class EfficientTrainer(Trainer):
         """
         if not repeats.wanted(self.config) or self.config["exclude_seen"] or self.prepared_for is None:
             return
+        self.fitted_epoch = self.trained_epoch
         data = self.prepared_for[0].dataset
         self.model.train()
         rows = data.some_targets(limit)
@@ -389,6 +390,8 @@ class EfficientTrainer(Trainer):
         file = kwargs.get("saved_model_file", best)
         if file == best:
             self.best_valid_result = self.valid_result
+            if self.fitted_epoch != self.trained_epoch:  # nothing is validated
+                self._fit_repeats(repeats.ROWS)
         state = random_state(self.device, self.train_generator)
         self.random_states = [state]
         if self.distributed:

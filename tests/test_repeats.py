@@ -137,6 +137,12 @@ def test_term_is_fitted_saved_and_loaded(tiny_config):
     assert torch.equal(again.model.repeat_bias, state["other_parameter"]["repeat_bias"])
 
 
+def test_term_is_fitted_without_validation(tiny_config):
+    run = experiment("SASRecCCE", tiny_config)
+    run.trainer.fit(run.train)
+    assert torch.load(run.trainer.saved_model_file)["other_parameter"]["repeat_bias"].abs().max() > 0
+
+
 def test_none_leaves_scores_alone(tiny_config):
     run = experiment("SASRecCCE", {**tiny_config, "repeat_bias": "none"})
     run.trainer.fit(run.train, run.valid, saved=False)

@@ -20,6 +20,9 @@ from recbole_cce.history import History
 AGES = torch.tensor([1, 2, 3, 4, 5, 9, 17, 33, 65, 129])
 ROWS = 2**14  # training rows that the numbers are fitted to, at most
 PRIOR = 0.01  # weight of a normal prior about 0, which keeps the numbers finite where nobody returns
+# repeat_bias: auto validates without the term, too, where so large a share of targets was had before: a loss over few
+# negatives seldom sees a user's own items among them, and what it makes of those may suit a ranking as it is
+OFTEN = 0.02
 PAIR_NUMBERS = 2**26  # numbers of the vectors of pairs that are held at a time
 NEWTON_STEPS = 50
 

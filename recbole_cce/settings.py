@@ -270,7 +270,8 @@ KEYS: dict[str, Key] = {
     ),
     "adam_betas": Key("beta1 and beta2 of adam and adamw", "two numbers in [0, 1), such as [0.9, 0.98]", _betas),
     "repeat_bias": Key(
-        "add to the scores of a user's own items what training data say, by how long ago they were; auto: learned",
+        "add to the scores of a user's own items what training data say, by how long ago they were; auto: learned, "
+        "unless none validates better where users often return",
         *_one_of("auto", "learned", "none"),
     ),
     "exclude_seen": Key("rank a user's earlier items last, in full ranking", *_one_of(True, False)),

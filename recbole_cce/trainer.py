@@ -350,30 +350,43 @@ class EfficientTrainer(Trainer):
             )
 
     @torch.no_grad()
-    def _fit_repeats(self, limit: int) -> None:
+    def _fit_repeats(self, limit: int) -> float:
         """Fit the model's `repeat_bias` to `limit` training targets, in the mode in which their loss was made small.
 
         Without dropout a model is surer of itself, and its numbers would answer that too.
+
+        Returns:
+            The share of these targets that their users had before; 0 where no term is wanted.
         """
         if not repeats.wanted(self.config) or self.config["exclude_seen"] or self.prepared_for is None:
-            return
+            return 0.0
         self.fitted_epoch = self.trained_epoch
         data = self.prepared_for[0].dataset
         self.model.train()
         rows = data.some_targets(limit)
-        target = rows[data.iid_field].to(self.device)
+        target, history = rows[data.iid_field], data.history(rows)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.config["seed"])
             vectors = user_vectors(self.model, rows)
-        bias = repeats.fit(self.model, vectors, target, data.history(rows)).to(self.device)
+        bias = repeats.fit(self.model, vectors, target.to(self.device), history).to(self.device)
         if self.distributed:  # devices may round in their own ways, and one model has one term
             distributed.broadcast(bias, 0)
         self.model.repeat_bias = bias.cpu()
         self.logger.info(set_color("own items", "blue") + f": {repeats.described(self.model.repeat_bias)}")
+        return int((history.item == target[history.row]).sum()) / len(target)
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
-        self._fit_repeats(min(repeats.ROWS, valid_data.sample_size))  # takes as long as the validation at most
+        # as many rows as take as long as the validation at most
+        returned = self._fit_repeats(min(repeats.ROWS, valid_data.sample_size))
         score, result = super()._valid_epoch(valid_data, show_progress)
+        if self.config["repeat_bias"] == "auto" and returned >= repeats.OFTEN:
+            learned, self.model.repeat_bias = self.model.repeat_bias, torch.zeros_like(self.model.repeat_bias)
+            without, result_without = super()._valid_epoch(valid_data, show_progress)
+            if without > score if self.valid_metric_bigger else without < score:
+                self.logger.info(set_color("own items", "blue") + ": ranked as all others, which validates better")
+                score, result = without, result_without
+            else:
+                self.model.repeat_bias = learned
         # RecBole saves a checkpoint when this result is the best, before it calls it so
         self.valid_result = result.copy()
         return score, result

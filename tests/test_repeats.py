@@ -128,13 +128,33 @@ def test_scores_have_the_term(tiny_config):
 
 
 def test_term_is_fitted_saved_and_loaded(tiny_config):
-    run = experiment("SASRecCCE", tiny_config)
+    run = experiment("SASRecCCE", {**tiny_config, "repeat_bias": "learned"})
     run.trainer.fit(run.train, run.valid)
     assert run.model.repeat_bias.abs().max() > 0
     state = torch.load(run.trainer.saved_model_file)
-    again = experiment("SASRecCCE", tiny_config)
+    again = experiment("SASRecCCE", {**tiny_config, "repeat_bias": "learned"})
     again.trainer.evaluate(again.test, model_file=run.trainer.saved_model_file)
     assert torch.equal(again.model.repeat_bias, state["other_parameter"]["repeat_bias"])
+
+
+@pytest.mark.parametrize("metric", ["NDCG@10", "AveragePopularity@10"])
+def test_auto_leaves_out_a_term_that_harms(tiny_config, monkeypatch, metric):
+    """Users of `tiny` often return: the better of two validations counts, whichever way the metric is better."""
+    smaller_is_better = metric.startswith("Average")
+    scores = {}
+    for kind in ("none", "learned", "auto"):
+        for term in (torch.full((10,), -50.0), torch.full((10,), 2.0)):
+            monkeypatch.setattr(repeats, "fit", lambda *_, term=term: term)
+            settings = {"repeat_bias": kind, "epochs": 1, "metrics": [metric.split("@")[0]], "valid_metric": metric}
+            run = experiment("SASRecCCE", {**tiny_config, **settings, "topk": [10]})
+            score, _ = run.trainer.fit(run.train, run.valid, saved=False)
+            scores[kind, float(term[0])] = score
+            if kind == "auto":
+                assert torch.equal(run.model.repeat_bias, term) == (score != scores["none", float(term[0])])
+    best = min if smaller_is_better else max
+    for term in (-50.0, 2.0):
+        assert scores["none", term] != scores["learned", term]
+        assert scores["auto", term] == best(scores["none", term], scores["learned", term])
 
 
 def test_term_is_fitted_without_validation(tiny_config):

@@ -23,7 +23,7 @@ PRIOR = 0.01  # weight of a normal prior about 0, which keeps the numbers finite
 # repeat_bias: auto validates without the term, too, where so large a share of targets was had before: a loss over few
 # negatives seldom sees a user's own items among them, and what it makes of those may suit a ranking as it is
 OFTEN = 0.02
-PAIR_NUMBERS = 2**26  # numbers of the vectors of pairs that are held at a time
+PAIR_NUMBERS = 2**24  # numbers of the vectors of pairs that are held at a time
 NEWTON_STEPS = 50
 
 
@@ -67,13 +67,15 @@ def fit(model: nn.Module, hidden: torch.Tensor, target: torch.Tensor, history: H
 def maximise(share: torch.Tensor, returned: torch.Tensor) -> torch.Tensor:
     """Newton's method for fit(): the numbers [G] of shares [N, G] of the mass and `returned` [G] rows, in fp64."""
 
+    others = (1 - share.sum(1)).clamp(min=1e-9)  # shares of fp32 scores may add up to more than all
+
     def value(number: torch.Tensor) -> torch.Tensor:
-        mass = 1 + share @ number.expm1()
+        mass = others + share @ number.exp()
         return (returned * number).sum() - mass.log().sum() - PRIOR / 2 * number.square().sum()
 
     number = torch.zeros_like(returned)
     for _ in range(NEWTON_STEPS):
-        part = share * number.exp() / (1 + share @ number.expm1())[:, None]  # each age's share of the mass
+        part = share * number.exp() / (others + share @ number.exp())[:, None]  # each age's share of the mass
         gradient = returned - part.sum(0) - PRIOR * number
         curvature = part.sum(0).diag() - part.T @ part + PRIOR * torch.eye(len(number), dtype=number.dtype)
         step = torch.linalg.solve(curvature, gradient)

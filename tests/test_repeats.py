@@ -76,6 +76,14 @@ def test_nobody_returns():
     assert (fitted[:6].exp() < 0.001).all()
 
 
+def test_rows_that_are_all_own_items():
+    """Shares that rounding makes larger than all there is, where nobody returns."""
+    share = torch.zeros(50, 10, dtype=torch.float64)
+    share[:, 0], share[:, 3] = 1 + 1e-6, 1e-5
+    fitted = repeats.maximise(share, torch.zeros(10, dtype=torch.float64))
+    assert fitted.isfinite().all() and fitted[0] < -5
+
+
 def test_no_history_at_all():
     empty = torch.empty(0, dtype=torch.int64)
     model, hidden, target, *_ = problem(20, 10, np.zeros(10))

@@ -214,6 +214,7 @@ def read(file: Path | str, trust: bool = False) -> dict[str, Any]:
                 f"{file} holds pickled objects, as stock RecBole writes them, and unpickling can run any code: if you "
                 "trust whoever made it, use --trust-checkpoint, or load_data_and_model(file, trust_checkpoint=True)"
             ) from error
+        # runs whatever the file says: only here, and only where the user said to trust whoever made it
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
         state = plain(state) if isinstance(state, dict) and "config" in state else None
     except OSError:

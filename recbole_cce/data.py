@@ -202,6 +202,13 @@ class LeanSequentialDataset(SequentialDataset):
             fields[list_field] = values.masked_fill_(padding.view(padding.shape + (1,) * (values.dim() - 2)), 0)
         return Interaction(fields)
 
+    def _with_lists_and_target_row(self, rows: Interaction) -> Interaction:
+        """The same for history(), which looks up what came before the target's row, where there is one."""
+        with_lists = self._with_lists(rows, self.max_item_list_len)
+        if TARGET_ROW in rows:
+            with_lists.update(Interaction({TARGET_ROW: rows[TARGET_ROW]}))
+        return with_lists
+
     def __getitem__(self, index: Any, join: bool = True) -> Interaction:
         """The rows with their lists, as RecBole's data set returns them."""
         if self.windows is not None:
@@ -246,20 +253,14 @@ class LeanSequentialDataset(SequentialDataset):
         end = torch.searchsorted(self.flat[self.uid_field], users, right=True)
         length = count.clamp(max=self.max_item_list_len)
         rows = Interaction({self.uid_field: users, self.item_list_length_field: length, TARGET_ROW: end})
-        listed = self._with_lists(rows, self.max_item_list_len)
-        listed.update(Interaction({TARGET_ROW: end}))
-        return listed
+        return self._with_lists_and_target_row(rows)
 
     def some_targets(self, limit: int) -> Interaction:
         """Rows of at most `limit` random targets of a training split, always the same ones."""
         number = torch.arange(len(self.inter_feat))
         if len(number) > limit:
             number = torch.randperm(len(number), generator=torch.Generator().manual_seed(0))[:limit]
-        rows = self.inter_feat[number.numpy()]
-        listed = self._with_lists(rows, self.max_item_list_len)
-        if TARGET_ROW in rows:
-            listed.update(Interaction({TARGET_ROW: rows[TARGET_ROW]}))
-        return listed
+        return self._with_lists_and_target_row(self.inter_feat[number.numpy()])
 
     def __len__(self) -> int:
         return len(self.inter_feat if self.windows is None else self.windows)

@@ -191,7 +191,7 @@ class ItemCoverage(metrics.ItemCoverage):
 
     def get_coverage(self, item_matrix: np.ndarray, num_items: int) -> float:
         """As RecBole's."""
-        return super().get_coverage(listed(item_matrix), num_items)
+        return super().get_coverage(recommended(item_matrix), num_items)
 
 
 class ShannonEntropy(metrics.ShannonEntropy):
@@ -199,7 +199,7 @@ class ShannonEntropy(metrics.ShannonEntropy):
 
     def get_entropy(self, item_matrix: np.ndarray) -> float:
         """As RecBole's."""
-        return super().get_entropy(listed(item_matrix)) if item_matrix.any() else 0.0
+        return super().get_entropy(recommended(item_matrix)) if item_matrix.any() else 0.0
 
 
 class GiniIndex(metrics.GiniIndex):
@@ -207,7 +207,7 @@ class GiniIndex(metrics.GiniIndex):
 
     def get_gini(self, item_matrix: np.ndarray, num_items: int) -> float:
         """As RecBole's."""
-        return super().get_gini(listed(item_matrix), num_items) if item_matrix.any() else 0.0
+        return super().get_gini(recommended(item_matrix), num_items) if item_matrix.any() else 0.0
 
 
 class AveragePopularity(metrics.AveragePopularity):
@@ -240,7 +240,7 @@ OF_ITEMS: dict[str, type[Any]] = {
 }
 
 
-def listed(item_matrix: np.ndarray) -> np.ndarray:
+def recommended(item_matrix: np.ndarray) -> np.ndarray:
     """[N, 1]: the items of lists [users, k], which may have ended before."""
     return item_matrix[item_matrix != PADDING][:, None]
 

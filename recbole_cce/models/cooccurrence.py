@@ -56,10 +56,8 @@ class Cooccurrence(SequentialRecommender):
         recent = scipy.sparse.csr_matrix((weights, (row, items[row, place])), shape=(len(items), self.n_items))
         scores = recent @ self.pairs
         if self.POS_ITEM_ID in interaction:
-            held_out = (
-                interaction[self.POS_ITEM_ID].cpu().numpy()[np.repeat(np.arange(len(items)), np.diff(scores.indptr))]
-            )
-            found = scores.indices == held_out
+            held_out = interaction[self.POS_ITEM_ID].cpu().numpy()
+            found = scores.indices == np.repeat(held_out, np.diff(scores.indptr))
             scores.data[found] = np.nextafter(scores.data[found], np.float32(-np.inf))
         return scores
 

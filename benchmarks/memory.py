@@ -21,11 +21,11 @@ from recbole.data.interaction import Interaction
 from recbole.utils import get_model, get_trainer, init_seed
 
 import recbole_cce  # noqa: F401  registers the models
-from recbole_cce import quick_start
-from recbole_cce.data import TARGET_COUNT, Places
-from recbole_cce.dry_run import WITHOUT_DATA, DryRun, Shape, catalogue
-from recbole_cce.losses import LOSSES, SampledLoss
-from recbole_cce.out_of_memory import GIB
+from recbole_cce.data.dataset import TARGET_COUNT, Places
+from recbole_cce.nn.losses import LOSSES, SampledLoss
+from recbole_cce.plugin import entry_points
+from recbole_cce.training.memory import WITHOUT_DATA, DryRun, Shape, catalogue
+from recbole_cce.training.out_of_memory import GIB
 
 STEPS = 3
 
@@ -68,7 +68,7 @@ def measured(setting: Setting) -> int:
     torch._C._cuda_clearCublasWorkspaces()  # of the setting before; they count as memory
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    config = quick_start.configuration(
+    config = entry_points.configuration(
         "SASRecCCE",
         "none",
         [],

@@ -41,7 +41,7 @@ from recbole.utils import FeatureSource, FeatureType, get_model, get_trainer, in
 
 from benchmarks.csv_file import write_csv
 from benchmarks.profiles import PARTS, busy_share, shares
-from recbole_cce.data import LeanSequentialDataset
+from recbole_cce.data.dataset import LeanSequentialDataset
 
 BYTES = 3.0e12  # measured on an H100 80GB HBM3: bytes a second of copies
 

@@ -4,23 +4,18 @@ Importing the package makes RecBole run on current NumPy, pandas, torch and Pyth
 SASRecSCE. It makes no CUDA call: RecBole's Config sets CUDA_VISIBLE_DEVICES later.
 """
 
-from recbole_cce import compat
+from recbole_cce.plugin import repairs
 
-compat.apply()
+repairs.apply()
 
-from recbole_cce import (  # noqa: E402  RecBole can be imported only after the repairs
-    checks,
-    quick_start,
-    registry,
-    saved_data,
-)
+from recbole_cce.plugin import checks, entry_points, registration, saved_data  # noqa: E402  RecBole can be imported only after the repairs
 
 __version__ = "0.1.0"
 
-register_model = registry.register_model
-registry.register_builtin()
+register_model = registration.register_model
+registration.register_builtin()
 checks.install()
 saved_data.install()
-quick_start.install()
+entry_points.install()
 
 __all__ = ["__version__", "register_model"]

@@ -23,24 +23,13 @@ import torch
 from recbole.config import Config
 
 import recbole_cce
-from recbole_cce import (
-    checkpoints,
-    checks,
-    compare,
-    compat,
-    config_sources,
-    errors,
-    interrupts,
-    ops,
-    plan,
-    quick_start,
-    recommend,
-    registry,
-    saved_config,
-    settings,
-)
+from recbole_cce import errors, ops
+from recbole_cce.commands import plan, recommend
+from recbole_cce.commands.compare import runs
+from recbole_cce.distributed.processes import RankFailed
 from recbole_cce.errors import UserError
-from recbole_cce.processes import RankFailed
+from recbole_cce.plugin import checks, config_sources, entry_points, keys, registration, repairs, saved_config
+from recbole_cce.training import checkpoint, interrupts
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -234,7 +223,7 @@ def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser
 
 # name: parser of its flags, function of their values
 COMMANDS = {
-    "compare": (compare_parser, compare.compare),
+    "compare": (compare_parser, runs.compare),
     "recommend": (recommend_parser, recommend.recommend),
     "export": (export_parser, recommend.export),
     "plan": (plan_parser, plan.plan),
@@ -242,10 +231,10 @@ COMMANDS = {
 
 
 def keys_help() -> str:
-    """One line for each key of settings.KEYS with its default in SASRecCCE."""
-    defaults = registry.read_yaml(registry.MODELS["SASRecCCE"])
+    """One line for each key of keys.KEYS with its default in SASRecCCE."""
+    defaults = registration.read_yaml(registration.MODELS["SASRecCCE"])
     return "\n".join(
-        f"  --{name}={defaults.get(name, '~')}\n      {key.help}; {key.valid}" for name, key in settings.KEYS.items()
+        f"  --{name}={defaults.get(name, '~')}\n      {key.help}; {key.valid}" for name, key in keys.KEYS.items()
     )
 
 
@@ -282,11 +271,11 @@ def run_command() -> None:
         flags, sys.argv[1:] = sys.argv[2:], []
         command(**vars(command_parser().parse_args(flags)))
     else:
-        quick_start.run(**arguments())
+        entry_points.run(**arguments())
 
 
 def arguments() -> dict[str, Any]:
-    """The arguments of quick_start.run that the command line and its configuration files ask for, checked.
+    """The arguments of entry_points.run that the command line and its configuration files ask for, checked.
 
     RecBole's Config reads the --key=value flags from sys.argv by itself.
 
@@ -304,10 +293,10 @@ def arguments() -> dict[str, Any]:
     checks.check_dataset(dataset)
     checks.check_flags(rest, in_files, model)
     check_processes(args)
-    config = quick_start.configuration(model, dataset, files)
+    config = entry_points.configuration(model, dataset, files)
     checks.check_valid_metric(config)
     checks.check_gpus(config, args.nproc)
-    checkpoints.check(config)
+    checkpoint.check(config)
     asked = {
         "resume": resumed_file(args.resume, args.trust_checkpoint, config),
         "trust_checkpoint": args.trust_checkpoint,
@@ -354,12 +343,12 @@ def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str 
     if resume is None:
         return None
     if resume is True:
-        file = checkpoints.newest(config["checkpoint_dir"], config["model"], config["dataset"], trust)
+        file = checkpoint.newest(config["checkpoint_dir"], config["model"], config["dataset"], trust)
     else:
         file = Path(resume)
         if not file.is_file():
             raise UserError(f"--resume: there is no file {resume!r}")
-    state = checkpoints.make_safe(file) if trust else checkpoints.read(file)
+    state = checkpoint.make_safe(file) if trust else checkpoint.read(file)
     saved_config.check_resumed(state["config"], config, f"--resume: {file}")
     return str(file)
 
@@ -390,9 +379,9 @@ def doctor() -> str:
     reason = ops.triton_unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines.append("Triton kernels can run" if reason is None else f"Triton kernels cannot run: {reason}")
     lines.append("Active repairs of RecBole:")
-    lines += [f"  {name}: {sentence}" for name, sentence in compat.ACTIVE.items()]
-    idle = [repair.__name__ for repair in compat.REPAIRS if repair.__name__ not in compat.ACTIVE]
+    lines += [f"  {name}: {sentence}" for name, sentence in repairs.ACTIVE.items()]
+    idle = [repair.__name__ for repair in repairs.REPAIRS if repair.__name__ not in repairs.ACTIVE]
     lines.append(f"Not needed here: {', '.join(idle) or 'none'}")
-    lines.append(f"Answered by the trainer and the data set of {', '.join(registry.MODELS)}:")
-    lines += [f"  {problem}: {answer}" for problem, answer in compat.ELSEWHERE.items()]
+    lines.append(f"Answered by the trainer and the data set of {', '.join(registration.MODELS)}:")
+    lines += [f"  {problem}: {answer}" for problem, answer in repairs.ELSEWHERE.items()]
     return "\n".join(lines)

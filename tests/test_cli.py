@@ -20,9 +20,11 @@ import yaml
 from recbole.config import Config
 from recbole.utils import url
 
-from recbole_cce import checks, cli, compat, evaluation, quick_start, registry, settings
+from recbole_cce import cli
 from recbole_cce.ops import linear_cross_entropy
-from recbole_cce.saved_config import rebuilt
+from recbole_cce.plugin import checks, entry_points, keys, registration, repairs
+from recbole_cce.plugin.saved_config import rebuilt
+from recbole_cce.training import evaluation
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python
 
@@ -89,7 +91,7 @@ def test_flags_win_over_files_and_later_files_over_earlier(command, tmp_path):
 
 def test_model_and_dataset_from_a_file(monkeypatch, command, tmp_path):
     (tmp_path / "both.yaml").write_text("model: SASRecSCE\ndataset: tiny\n")
-    monkeypatch.setattr(quick_start, "run", lambda **arguments: runs.append(arguments))
+    monkeypatch.setattr(entry_points, "run", lambda **arguments: runs.append(arguments))
     runs = []
     command(files="tiny.yaml both.yaml")
     command("--model=GRU4Rec", "--nproc=1", files="tiny.yaml both.yaml")
@@ -106,20 +108,24 @@ def test_no_flags_train_sasreccce_on_ml_100k(monkeypatch):
 def test_builtin_models_run_with_the_configuration_of_stock_recbole(command, tmp_path, model):
     command(f"--model={model}")
     config = saved_config(tmp_path, model).final_config_dict
-    stock = {**registry.read_yaml("tiny.yaml"), **({} if model == "BPR" else {"train_neg_sample_args": None})}
+    stock = {**registration.read_yaml("tiny.yaml"), **({} if model == "BPR" else {"train_neg_sample_args": None})}
     assert config == Config(model, "tiny", config_dict=stock).final_config_dict
 
 
 def test_builtin_models_get_our_defaults_of_a_data_set_below_the_users(monkeypatch, tmp_path):
     (tmp_path / "user.yaml").write_text("MAX_ITEM_LIST_LENGTH: 7\n")
     monkeypatch.setattr(
-        quick_start.recbole_quick_start, "run", lambda model, dataset, config_file_list: files.append(config_file_list)
+        entry_points.recbole_quick_start, "run", lambda model, dataset, config_file_list: files.append(config_file_list)
     )
     files = []
-    quick_start.run("SASRec", "ml-1m", ["user.yaml"])
-    quick_start.run("SASRecCCE", "ml-1m", ["user.yaml"])
-    quick_start.run("SASRec", "tiny", ["user.yaml"])
-    assert files == [[str(registry.PROPERTIES / "dataset" / "ml-1m.yaml"), "user.yaml"], ["user.yaml"], ["user.yaml"]]
+    entry_points.run("SASRec", "ml-1m", ["user.yaml"])
+    entry_points.run("SASRecCCE", "ml-1m", ["user.yaml"])
+    entry_points.run("SASRec", "tiny", ["user.yaml"])
+    assert files == [
+        [str(registration.PROPERTIES / "dataset" / "ml-1m.yaml"), "user.yaml"],
+        ["user.yaml"],
+        ["user.yaml"],
+    ]
 
 
 def test_processes_of_several_machines(monkeypatch):
@@ -233,18 +239,18 @@ def test_a_truncated_file(saved, mistake):
 def test_what_is_resumed(saved, command, monkeypatch, flags):
     """The newest of the model and the data set; every process gets it, from one place."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(quick_start.recbole_quick_start, "run", lambda *names, **arguments: runs.append(arguments))
+    monkeypatch.setattr(entry_points.recbole_quick_start, "run", lambda *names, **arguments: runs.append(arguments))
     runs = []
     command(*flags, "--nproc=2", "--gpu_id=0,1")
     assert runs[0]["nproc"] == 2
     assert runs[0]["config_dict"] == {"resume": "saved/SASRecCCE-b.pth"}
 
 
-@pytest.mark.parametrize("key", settings.KEYS)
+@pytest.mark.parametrize("key", keys.KEYS)
 def test_one_line_for_a_wrong_value_of_each_key(mistake, key):
     wrong = 1 if key == "cache_data" else "wrong"  # which could be a folder
     message = mistake(f"--{key}={wrong}")
-    assert message == f"{key}: {wrong!r} is not valid; it takes {settings.KEYS[key].valid}"
+    assert message == f"{key}: {wrong!r} is not valid; it takes {keys.KEYS[key].valid}"
 
 
 def test_loss_of_ours_with_a_model_of_recbole(mistake):
@@ -276,7 +282,7 @@ def test_names_of_files_and_folders(command, tmp_path, name):
 
 def test_a_file_of_comments_only(monkeypatch, command, tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
-    monkeypatch.setattr(quick_start, "run", lambda **arguments: runs.append(arguments["config_file_list"]))
+    monkeypatch.setattr(entry_points, "run", lambda **arguments: runs.append(arguments["config_file_list"]))
     runs = []
     command(files="tiny.yaml empty.yaml")
     assert runs == [["tiny.yaml", "empty.yaml"]]
@@ -356,7 +362,7 @@ def test_a_mistake_in_a_fresh_process(tmp_path, tiny):
     ],
 )
 def test_bugs_keep_their_traceback(command, monkeypatch, error, bug):
-    monkeypatch.setattr(quick_start, "run", lambda **arguments: bug())
+    monkeypatch.setattr(entry_points, "run", lambda **arguments: bug())
     with pytest.raises(error):
         command()
 
@@ -370,7 +376,7 @@ def test_help_explains_the_keys_and_shows_examples(monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name, key in settings.KEYS.items():
+    for name, key in keys.KEYS.items():
         assert f"--{name}=" in text
         assert key.help in text
         assert key.valid in text
@@ -397,10 +403,10 @@ def test_doctor():
     if not torch.cuda.is_available():
         assert "Triton kernels cannot run: they need an NVIDIA GPU" in printed
     active, _, rest = printed.partition("Active repairs")[2].partition("Not needed here:")
-    for repair in compat.REPAIRS:
+    for repair in repairs.REPAIRS:
         name = repair.__name__
-        assert (f"  {name}: " in active) == (name in compat.ACTIVE)
-        assert (name in rest.splitlines()[0]) == (name not in compat.ACTIVE)
+        assert (f"  {name}: " in active) == (name in repairs.ACTIVE)
+        assert (name in rest.splitlines()[0]) == (name not in repairs.ACTIVE)
     for issue in ("#1866", "#1735", "mixed precision"):
         assert issue in rest
 
@@ -413,7 +419,7 @@ def test_data_sets_are_downloaded_by_name(command, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
     lines += [f"u{user}\ti{rng.integers(12)}\t5\t{step}" for user in range(20) for step in range(10)]
-    address = registry.read_yaml(Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml")["ml-1m"]
+    address = registration.read_yaml(Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml")["ml-1m"]
     served = tmp_path / "served" / address.partition("://")[2].partition("/")[2]
     served.parent.mkdir(parents=True)
     with zipfile.ZipFile(served, "w") as archive:

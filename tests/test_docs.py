@@ -14,8 +14,10 @@ import torch
 from recbole.config import Config
 from torch.nn import functional as F
 
-from recbole_cce import checks, cli, losses, registry, settings
+from recbole_cce import cli
+from recbole_cce.nn import losses
 from recbole_cce.ops import negatives
+from recbole_cce.plugin import checks, keys, registration
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python_path
 
@@ -60,7 +62,7 @@ FEW_USERS = "--user_inter_num_interval=[20,30]"  # of ml-100k
 
 def test_loss_of_the_page_is_the_formula_it_names():
     namespace = {**vars(losses), "LOSSES": {}}
-    exec(block_after(ADDING, "At the end of `recbole_cce/losses.py`"), namespace)
+    exec(block_after(ADDING, "At the end of `recbole_cce/nn/losses.py`"), namespace)
     config = {"loss_backend": "auto", "loss_dtype": "auto", "num_negatives": 9, "negative_sharing": "tile"}
     config |= {"logq_correction": True, "negative_distribution": "uniform", "negative_alpha": 1.0}
     loss = namespace["LOSSES"]["BPR"](config, torch.ones(6))
@@ -85,12 +87,12 @@ def test_loss_of_the_page_trains_in_the_place_it_names(tmp_path, tiny):
     for name in ("recbole_cce", "properties"):
         shutil.copytree(ROOT / name, copy / name)
     shutil.copy(ROOT / "run_recbole_cce.py", copy)
-    with open(copy / "recbole_cce" / "losses.py", "a") as file:
-        file.write("\n\n" + block_after(ADDING, "At the end of `recbole_cce/losses.py`"))
+    with open(copy / "recbole_cce" / "nn" / "losses.py", "a") as file:
+        file.write("\n\n" + block_after(ADDING, "At the end of `recbole_cce/nn/losses.py`"))
     (command,) = [line for line in commands(ADDING) if "--loss_type=BPR" in line]
     columns = "--load_col={'inter': ['user_id', 'item_id', 'timestamp']}"
     output = run(command, copy, *SHORT, "--epochs=2", "--dataset=tiny", f"--data_path={tiny}", columns)
-    assert "recbole_cce/losses.py" not in output  # no warning or traceback from there
+    assert "recbole_cce/nn/losses.py" not in output  # no warning or traceback from there
     assert 0 < metric(output, "ndcg@5") <= 1
     with pytest.raises(ValueError, match="loss_type: 'BPR' is not valid"):  # without step 1
         Config("SASRecCCE", "ml-100k", config_dict={"loss_type": "BPR"})
@@ -109,10 +111,10 @@ def test_model_of_the_page_runs(tmp_path):
         output = run(command, tmp_path, FEW_USERS, *SHORT)
     assert metric(output, "ndcg@5") > 0
     assert "GRU4RecCCE" in output
-    names = set(registry.read_yaml(tmp_path / "GRU4RecCCE.yaml"))
-    defaults = set(registry.read_yaml(registry.MODELS["SASRecCCE"]))
+    names = set(registration.read_yaml(tmp_path / "GRU4RecCCE.yaml"))
+    defaults = set(registration.read_yaml(registration.MODELS["SASRecCCE"]))
     assert not {"load_col", "eval_args", "topk", "metrics", "MAX_ITEM_LIST_LENGTH"} & names
-    assert {key for key in names if key in settings.KEYS} <= defaults
+    assert {key for key in names if key in keys.KEYS} <= defaults
 
 
 # README
@@ -144,13 +146,13 @@ def test_yaml_example_of_the_readme_reads_own_data(tmp_path, monkeypatch):
 
 
 def test_table_of_keys_in_the_readme():
-    """Lists the keys of settings.py and no other, in their order, with the defaults of SASRecCCE and the same words."""
+    """Lists the keys of keys.py and no other, in their order, with the defaults of SASRecCCE and the same words."""
     rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \|$", README, re.MULTILINE)
-    assert [name for name, _, _ in rows] == list(settings.KEYS)
-    defaults = registry.read_yaml(registry.MODELS["SASRecCCE"])
+    assert [name for name, _, _ in rows] == list(keys.KEYS)
+    defaults = registration.read_yaml(registration.MODELS["SASRecCCE"])
     for name, default, meaning in rows:
         assert str(defaults.get(name, "~")) == default, name
-        assert meaning == f"{settings.KEYS[name].help}; {settings.KEYS[name].valid}", name
+        assert meaning == f"{keys.KEYS[name].help}; {keys.KEYS[name].valid}", name
 
 
 def test_flags_on_the_pages_exist():
@@ -207,5 +209,5 @@ def test_page_of_losses_has_every_loss_and_its_keys():
         "exclude_seen",
         "eval_chunk_items",
     }
-    for key in set(settings.KEYS) - elsewhere:
+    for key in set(keys.KEYS) - elsewhere:
         assert re.search(rf"\b{key}\b", page), key

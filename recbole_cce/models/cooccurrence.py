@@ -13,9 +13,9 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import nn
 
-from recbole_cce.data_rows import TARGET_ROW
-from recbole_cce.evaluation import PADDING, TopK
-from recbole_cce.trainer import EfficientTrainer
+from recbole_cce.data.rows import TARGET_ROW
+from recbole_cce.training.evaluation import PADDING, TopK
+from recbole_cce.training.trainer import EfficientTrainer
 
 WINDOW = 20  # interactions: the distance of a pair, and the last ones of a history that count
 RECENCY = 0.7  # weight of an interaction of the history, relative to the one after it

@@ -17,12 +17,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recbole_cce.data import TARGET_COUNT, Places
+from recbole_cce.data.dataset import TARGET_COUNT, Places
 from recbole_cce.errors import UserError
-from recbole_cce.history import listed
-from recbole_cce.layers import Packing, encode, encode_original, fuse_gelu, pack, packs
-from recbole_cce.losses import LOSSES
-from recbole_cce.repeats import AGES, age_group
+from recbole_cce.nn.history import listed
+from recbole_cce.nn.losses import LOSSES
+from recbole_cce.nn.repeats import AGES, age_group
+from recbole_cce.nn.transformer import Packing, encode, encode_original, fuse_gelu, pack, packs
 
 TRAINED_SHARE = 0.9  # of the positions; a loss then passes over the others sooner than a copy without them is made
 

@@ -1,0 +1,155 @@
+"""`plan`: how many rows and negatives a training step of each loss can have on a GPU, and what they take."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from recbole_cce.errors import UserError
+from recbole_cce.nn.losses import LOSSES, SampledLoss
+from recbole_cce.plugin import keys
+from recbole_cce.training.memory import DryRun, Memory, Shape
+from recbole_cce.training.out_of_memory import GIB, USABLE
+
+MOST_NEGATIVES = 2**16
+MOST_ROWS = 2**20
+COLUMNS = ("loss", "batch size", "negatives", "peak GiB", "parameters + optimizer", "encoder", "loss", "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step: rows of a batch, negatives (None where the loss has none) and its memory."""
+
+    loss_type: str
+    rows: int
+    negatives: int | None
+    memory: Memory
+
+
+def plan(
+    items: int,
+    length: int,
+    hidden: int,
+    gpu_memory: float,
+    batch_size: int | None = None,
+    negatives: int | None = None,
+    layers: int = 2,
+    heads: int = 2,
+    inner: int = 256,
+) -> None:
+    """Print steps() as a table, and the flags of those that fit.
+
+    Args:
+        items: V.
+        length, hidden, layers, heads, inner: MAX_ITEM_LIST_LENGTH, hidden_size, n_layers, n_heads, inner_size.
+        gpu_memory: GiB of the GPU.
+        batch_size, negatives: rows of a step and num_negatives; proposed if None.
+
+    Raises:
+        UserError: hidden is no multiple of heads; too many negatives; no loss fits.
+    """
+    if hidden % heads:
+        raise UserError(f"--hidden: {hidden} is not valid with --heads={heads}; it takes a multiple of the heads")
+    if negatives is not None and not keys.KEYS["num_negatives"].accepts(negatives):
+        raise UserError(f"--negatives: {negatives} is not valid; it takes {keys.KEYS['num_negatives'].valid}")
+    shape = Shape(items, length, hidden, layers, heads, inner)
+    budget = int(USABLE * gpu_memory * GIB)
+    found = steps(shape, budget, batch_size, negatives)
+    if all(step.memory.peak > budget for step in found) and (batch_size is None or negatives is None):
+        least = min(found, key=lambda step: step.memory.peak)
+        raise UserError(
+            f"--gpu-memory: {gpu_memory:g} GiB are too few for --items={items} --length={length} --hidden={hidden}: "
+            f"of {USABLE * gpu_memory:.2f} GiB that a step may take, {least.loss_type} takes "
+            f"{least.memory.peak / GIB:.2f} at a batch size of {least.rows}"
+        )
+    print(f"Training steps on {gpu_memory:g} GiB, of which {USABLE:.0%} are filled at most; GiB at the worst moment:\n")
+    print(table(found, budget))
+    print("\nFlags:")
+    for step in found:
+        if step.memory.peak <= budget:
+            print(f"  {flags(step, shape)}")
+
+
+def steps(shape: Shape, budget: int, batch_size: int | None = None, negatives: int | None = None) -> list[Step]:
+    """For each loss the largest step within `budget` bytes, or of one row where none is.
+
+    Negatives are a power of two: as many as rows if memory allows both, since more of both is better than of one, but
+    no more than most_negatives(). What is given is not chosen.
+    """
+    dry_run = DryRun(shape)
+
+    def step(loss_type: str) -> Step:
+        sampled = issubclass(LOSSES[loss_type], SampledLoss)
+
+        def peak(rows: int, k: int) -> int:
+            return dry_run.memory(loss_type, rows, k).peak
+
+        k = negatives or 1
+        if negatives is None and sampled:
+            powers = [2**power for power in range(most_negatives(shape).bit_length())]
+            k = powers[max(0, bisect_right(powers, budget, key=lambda k: peak(batch_size or k, k)) - 1)]
+        rows = batch_size or most_rows(lambda rows: peak(rows, k), budget)
+        return Step(loss_type, rows, k if sampled else None, dry_run.memory(loss_type, rows, k))
+
+    return [step(loss_type) for loss_type in LOSSES]
+
+
+def most_negatives(shape: Shape) -> int:
+    """The K at which a loss with K negatives a position computes as much as the encoder: beyond it K costs time.
+
+    Products of forward and backward pass for a position: 8 K D of the loss; of the encoder three times those of its
+    forward pass, 2 (4 D^2 + 2 D inner + D length) a layer.
+    """
+    as_encoder = 3 * shape.layers * (4 * shape.hidden + 2 * shape.inner + shape.length) // 4
+    return min(as_encoder, shape.items, MOST_NEGATIVES)
+
+
+def most_rows(peak: Callable[[int], int], budget: int) -> int:
+    """The largest number of rows with peak(rows) <= budget; 1 where none is.
+
+    Memory grows with the rows along a few straight lines: where one crosses the budget is tried first.
+    """
+    fits, does_not = 1, MOST_ROWS
+    at_fits, at_does_not = peak(fits), peak(does_not)
+    if at_fits > budget:
+        return fits
+    if at_does_not <= budget:
+        return does_not
+    while does_not - fits > 1:
+        rows = fits + (budget - at_fits) * (does_not - fits) // (at_does_not - at_fits)
+        rows = min(max(rows, fits + 1), does_not - 1)
+        at_rows = peak(rows)
+        if at_rows <= budget:
+            fits, at_fits = rows, at_rows
+        else:
+            does_not, at_does_not = rows, at_rows
+    return fits
+
+
+def table(found: list[Step], budget: int) -> str:
+    """Markdown, columns aligned; what a step that does not fit would take at least stands there, too."""
+    lines = [COLUMNS]
+    for step in found:
+        memory = step.memory
+        sizes = [memory.peak, memory.parameters, memory.encoder, memory.loss]
+        lines.append(
+            (
+                step.loss_type,
+                f"{step.rows:,}",
+                "" if step.negatives is None else f"{step.negatives:,}",
+                *(f"{size / GIB:.2f}" for size in sizes),
+                "" if memory.peak <= budget else "does not fit",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    rows = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    rule = ["-" * width for width in widths]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+
+
+def flags(step: Step, shape: Shape) -> str:
+    """The configuration of a step, to be pasted after run_recbole_cce.py."""
+    keys = {"loss_type": step.loss_type, "train_batch_size": step.rows, "num_negatives": step.negatives}
+    keys |= shape.settings
+    return " ".join(f"--{key}={value}" for key, value in keys.items() if value is not None)

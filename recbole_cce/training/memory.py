@@ -1,0 +1,311 @@
+"""Peak GPU memory of a training step, from running the real model without numbers.
+
+Tensors under torch's FakeTensorMode have shapes and dtypes but no memory. SASRecCCE's own calculate_loss() and backward
+pass run on them, in bf16 autocast as on a GPU, and every storage is counted while something holds it: activations kept
+for the backward pass, gradients, and what lives for a moment only. The losses in plain torch, CE and CE-, run likewise;
+those that compute in kernels are replaced by what they hold, see BUFFERS.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from recbole.config import Config
+from recbole.data.interaction import Interaction
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from recbole_cce.data.dataset import TARGET_COUNT, Places
+from recbole_cce.models.sasrec import SASRecCCE
+from recbole_cce.nn.losses import LOSSES
+from recbole_cce.ops.scalable_cross_entropy import AUTO_BUCKET_SIZE_Y, auto_size
+from recbole_cce.plugin import entry_points
+
+# in a backward pass that a mode watches, autograd makes a new tensor where it would write into the first argument
+IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.index_add.default, torch.ops.aten.index_put.default)
+KEPT = 12  # bytes a number of a parameter and Adam's two moments, all fp32
+CUBLAS = 2**26  # workspaces of cuBLAS on an H100: 32 MiB for the forward, 32 for the backward pass
+
+
+# In the place of auto where there are no data: memory is the same with any dropout but 0, and any learning rate.
+WITHOUT_DATA = {"hidden_dropout_prob": 0.5, "learning_rate": 0.001, "loss_type": "CCE-"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model: V `items`, rows of `length` positions, D = `hidden`; otherwise RecBole's SASRec."""
+
+    items: int
+    length: int
+    hidden: int
+    layers: int = 2
+    heads: int = 2
+    inner: int = 256
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """RecBole's keys."""
+        return {
+            "MAX_ITEM_LIST_LENGTH": self.length,
+            "hidden_size": self.hidden,
+            "n_layers": self.layers,
+            "n_heads": self.heads,
+            "inner_size": self.inner,
+        }
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the worst moment of a step.
+
+    Attributes:
+        parameters: with Adam's moments and, where the table's gradient exists then, that.
+        encoder: activations, their gradients, those of the encoder's parameters, the batch, cuBLAS.
+        loss: what the loss holds beyond gradients.
+    """
+
+    parameters: int
+    encoder: int
+    loss: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.parameters + self.encoder + self.loss
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Bytes that a loss holds besides its inputs and the gradients of both.
+
+    Attributes:
+        forward, backward: during this pass.
+        kept: from the forward to the end of the backward pass.
+        keeps_hidden: whether the fp32 hidden states are kept, too.
+        direction: whether the gradient of the hidden states is there from the forward pass on.
+    """
+
+    forward: int = 0
+    kept: int = 0
+    backward: int = 0
+    keeps_hidden: bool = True
+    direction: bool = False
+
+
+def full_buffers(n: int, k: int, shape: Shape) -> Buffers:
+    """CCE: hidden states and table in 16 bits; log-sum-exp, slope, order and target of each position."""
+    return Buffers(kept=2 * shape.hidden * (n + shape.items + 1) + 20 * n, keeps_hidden=False, direction=True)
+
+
+def sampled_buffers(n: int, k: int, shape: Shape) -> Buffers:
+    """CCE-, BCE, gBCE: log-sum-exp, slope and target of each position."""
+    return Buffers(kept=16 * n, direction=True)
+
+
+def bucket_buffers(n: int, k: int, shape: Shape) -> Buffers:
+    """SCE: keys of the selection, 64 MiB at most; the table in 16 bits, if buckets take as many rows; the buckets'
+    positions and items; loss, own logit, best bucket and target of each position; the positions that won in each
+    bucket."""
+    buckets, size_x, size_y = auto_size(n), min(auto_size(n), n), min(AUTO_BUCKET_SIZE_Y, shape.items)
+    keys = min(8 * buckets * max(4096, 4 * size_x, 4 * size_y), 2**26)
+    table = 2 * shape.hidden * (shape.items + 1) if buckets * size_y > shape.items else 0
+    positions = 4 * buckets * size_x
+    return Buffers(forward=keys, kept=table + positions + 4 * buckets * size_y + 24 * n, backward=positions)
+
+
+BUFFERS: dict[str, Callable[[int, int, Shape], Buffers]] = {
+    "CCE": full_buffers,
+    "CCE-": sampled_buffers,
+    "SCE": bucket_buffers,
+    "BCE": sampled_buffers,
+    "gBCE": sampled_buffers,
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that tensor operations made and something still holds.
+
+    Attributes:
+        part: where what is made now belongs; set from outside.
+        gradient: shape of the table, set where the backward pass begins: a tensor like it is its gradient, and counts
+            as the part `gradient`.
+        live: bytes of each part.
+        at_peak: `live` when its sum was largest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "encoder"
+        self.gradient: torch.Size | None = None
+        self.live: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self.held: weakref.WeakKeyDictionary[torch.UntypedStorage, weakref.finalize] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it made."""
+        if function is torch.ops.aten.index_put.default:
+            self.sort(*args[1:3])
+        output = function(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if self.gradient is not None and function in IN_PLACE and args[0].untyped_storage() in self.held:
+            self.held[args[0].untyped_storage()]()
+        for tensor in made:
+            if tensor.untyped_storage() not in given:
+                self.hold(tensor)
+        return output
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor, once, until it is gone."""
+        storage, part = tensor.untyped_storage(), self.part
+        if storage in self.held:
+            return
+        if tensor.shape == self.gradient and tensor.dtype == torch.float32 and not self.live["gradient"]:
+            part = "gradient"
+        self.live[part] += storage.nbytes()
+        self.held[storage] = weakref.finalize(storage, self.live.subtract, {part: storage.nbytes()})
+        self.note()
+
+    def sort(self, indices: list[torch.Tensor], values: torch.Tensor) -> None:
+        """Count what a GPU needs to add values at indices that repeat: six times the indices, to sort them, and the
+        values in order."""
+        scratch = sum(6 * index.nbytes for index in indices) + values.nbytes * (not values.is_contiguous())
+        self.live[self.part] += scratch
+        self.note()
+        self.live[self.part] -= scratch
+
+    def note(self) -> None:
+        """Remember the peak."""
+        if self.live.total() > self.at_peak.total():
+            self.at_peak = self.live.copy()
+
+    def enter_loss(self, loss: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Before its forward pass; its backward pass ends with the gradient of the hidden states."""
+        self.part = "loss"
+        inputs[0].register_hook(self.leave_loss)
+
+    def leave_loss(self, *_: Any) -> None:
+        """After its forward or its backward pass."""
+        self.part = "encoder"
+
+
+class StandIn(nn.Module):
+    """A loss that computes nothing and holds what another one does."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        super().__init__()
+        self.buffers = buffers
+
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As of a losses.Loss."""
+        return Hold.apply(hidden, weight, self.buffers)
+
+
+class Hold(torch.autograd.Function):
+    """The passes of StandIn."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+        kept = hidden.new_empty(buffers.kept, dtype=torch.uint8)
+        ctx.direction = torch.empty_like(hidden) if buffers.direction else None
+        hidden.new_empty(buffers.forward, dtype=torch.uint8)
+        ctx.save_for_backward(weight, kept, *[hidden] * buffers.keeps_hidden)
+        ctx.shape, ctx.spare = hidden.shape, buffers.backward
+        return hidden.new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        grad_hidden, ctx.direction = ctx.direction, None
+        if grad_hidden is None:
+            grad_hidden = grad.new_empty(ctx.shape)
+        grad_weight = torch.empty_like(ctx.saved_tensors[0])
+        grad.new_empty(ctx.spare, dtype=torch.uint8)
+        return grad_hidden, grad_weight, None
+
+
+class DryRun:
+    """Training steps of SASRecCCE: full rows, one GPU, launched kernel by kernel, not compiled, defaults otherwise.
+
+    Args:
+        shape: of the model.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.config = entry_points.configuration("SASRecCCE", "none", [], {**shape.settings, **WITHOUT_DATA})
+        self.fake = FakeTensorMode()
+        self.model = SASRecCCE(self.config, catalogue(self.config, 1))
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(self.fake.from_tensor(parameter)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, self.fake.from_tensor(buffer))
+        with self.fake:
+            self.model.item_embedding = nn.Embedding(shape.items + 1, shape.hidden, padding_idx=0)
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.forward = functools.partial(fused_dropout, module.p)
+        self.numbers = sum(parameter.numel() for parameter in self.model.parameters())
+
+    def memory(self, loss_type: str, rows: int, num_negatives: int) -> Memory:
+        """Memory of a step of so many rows."""
+        model, n, live = self.model, rows * self.shape.length, LiveBytes()
+        shape = self.shape
+        widest = max(shape.items + 1, shape.inner, shape.heads * shape.length, num_negatives * shape.hidden)
+        if 8 * n * widest >= 2**62:  # more than torch counts, and than any memory
+            return Memory(KEPT * self.numbers, 2**62, 0)
+        if loss_type in BUFFERS:
+            model.loss = StandIn(BUFFERS[loss_type](n, num_negatives, self.shape))
+        else:
+            config = {**self.config.final_config_dict, "num_negatives": num_negatives}
+            model.loss = LOSSES[loss_type](config, torch.empty(0))
+        model.loss.register_forward_pre_hook(live.enter_loss)
+        model.loss.register_forward_hook(live.leave_loss)
+        model.places = Places(n, n)
+        model.zero_grad()
+        with self.fake, live:
+            batch = Interaction(
+                {
+                    model.ITEM_SEQ: torch.empty(rows, self.shape.length, dtype=torch.int64),
+                    **{
+                        field: torch.empty(rows, dtype=torch.int64)
+                        for field in (model.ITEM_SEQ_LEN, model.POS_ITEM_ID, TARGET_COUNT)
+                    },
+                }
+            )
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model.calculate_loss(batch)
+            live.part, live.gradient = "loss", model.item_embedding.weight.shape
+            loss.backward()
+        peak = live.at_peak
+        return Memory(KEPT * self.numbers + peak["gradient"], CUBLAS + peak["encoder"], peak["loss"])
+
+
+def catalogue(config: Config, items: int) -> SimpleNamespace:
+    """What a model wants to know of a data set, of so many items and no interactions."""
+    item = config["ITEM_ID_FIELD"]
+    return SimpleNamespace(
+        num=lambda field: items + 1,
+        iid_field=item,
+        item_num=items + 1,
+        inter_feat={item: torch.empty(0, dtype=torch.int64)},
+        field2id_token={item: ()},
+    )
+
+
+def fused_dropout(p: float, input: torch.Tensor) -> torch.Tensor:
+    """Dropout as on a GPU, where a mask of bytes is kept; a CPU's is as large as the input."""
+    return torch.native_dropout(input, p, True)[0]

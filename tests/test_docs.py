@@ -24,7 +24,7 @@ from tests.process import SCRIPT, python_path
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDING = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -183,11 +183,37 @@ def test_continuous_integration_runs_the_commands_of_the_readme():
     assert positions == sorted(positions)
 
 
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page has after its #."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
-        prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        for link in re.findall(r"\]\(([^)#\s]+)", prose):
-            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+        for link in re.findall(r"\]\(([^)\s]+)", prose(page)):
+            if link.startswith("https://"):
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.relative_to(ROOT)}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}"
+
+
+def test_index_has_one_line_for_each_page():
+    index = ROOT / "docs" / "README.md"
+    listed = re.findall(r"^- \[(.+?)\]\((.+?)\): ", index.read_text(encoding="utf-8"), re.MULTILINE)
+    assert all(name == link for name, link in listed)
+    assert sorted(index.parent / link for _, link in listed) == [page for page in PAGES[1:] if page != index]
+
+
+def test_figures_are_shown():
+    shown = {(page.parent / link).resolve() for page in PAGES for link in re.findall(r"!\[.*?\]\((.+?)\)", prose(page))}
+    assert set((ROOT / "docs").rglob("*.png")) <= shown
 
 
 # The page of losses

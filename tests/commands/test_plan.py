@@ -117,8 +117,8 @@ def ce_minus(hidden, weight, target):
     ],
 )
 def test_counts_are_what_was_measured_on_a_gpu(loss, n, items, dim, mib):
-    """MiB beyond inputs and gradients of the losses in plain torch, all in bf16, of docs/benchmarks.md."""
-    assert f"{mib} |" in (ROOT / "docs" / "benchmarks.md").read_text()
+    """MiB beyond inputs and gradients of the losses in plain torch, all in bf16, of docs/benchmarks/losses.md."""
+    assert f"{mib} |" in (ROOT / "docs" / "benchmarks" / "losses.md").read_text()
     with FakeTensorMode():
         hidden, weight = (torch.empty(rows, dim, dtype=torch.bfloat16, requires_grad=True) for rows in (n, items + 1))
         target = torch.empty(n, dtype=torch.int64)

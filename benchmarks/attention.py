@@ -21,10 +21,11 @@ import torch
 
 from benchmarks.csv_file import write_csv
 from benchmarks.training import BEAUTY
-from recbole_cce.nn import transformer
+from recbole_cce.nn.attention import takes_variable_lengths, unpacked_attention, variable_length_attention
+from recbole_cce.nn.packing import Packing, pack
 from recbole_cce.ops import packed_attention
 
-Attention = Callable[[torch.Tensor, transformer.Packing, float], torch.Tensor]
+Attention = Callable[[torch.Tensor, Packing, float], torch.Tensor]
 LENGTHS = {
     "2,048 of Beauty": (np.random.default_rng(0).permutation(np.repeat(np.arange(2, 51), BEAUTY))[:2048], 50),
     "1,024 x 100": (np.full(1024, 100), 100),
@@ -33,26 +34,24 @@ LENGTHS = {
 HEADS, SIZES = 2, (32, 64, 128)
 
 
-def own(mixed: torch.Tensor, packing: transformer.Packing, dropout: float) -> torch.Tensor:
+def own(mixed: torch.Tensor, packing: Packing, dropout: float) -> torch.Tensor:
     """Our kernels."""
     return packed_attention(*mixed.unbind(1), packing.spans, dropout, backend="triton")
 
 
-def variable(mixed: torch.Tensor, packing: transformer.Packing, dropout: float) -> torch.Tensor:
+def variable(mixed: torch.Tensor, packing: Packing, dropout: float) -> torch.Tensor:
     """torch's attention over sequences of their own lengths."""
-    if not transformer.takes_variable_lengths(mixed[:, 0], dropout):
+    if not takes_variable_lengths(mixed[:, 0], dropout):
         raise ValueError("does not take it")
-    return transformer.variable_length_attention(*mixed.unbind(1), packing)
+    return variable_length_attention(*mixed.unbind(1), packing)
 
 
-def padded(mixed: torch.Tensor, packing: transformer.Packing, dropout: float) -> torch.Tensor:
+def padded(mixed: torch.Tensor, packing: Packing, dropout: float) -> torch.Tensor:
     """torch's attention on padded rows."""
-    return transformer.unpacked_attention(*mixed.unbind(1), packing, dropout)
+    return unpacked_attention(*mixed.unbind(1), packing, dropout)
 
 
-def microseconds(
-    attention: Attention, mixed: torch.Tensor, packing: transformer.Packing, dropout: float
-) -> float | str:
+def microseconds(attention: Attention, mixed: torch.Tensor, packing: Packing, dropout: float) -> float | str:
     """The median time of a forward and a backward pass, or why there is none."""
     mixed = mixed.detach().requires_grad_()
     upstream = torch.randn_like(mixed[:, 0])
@@ -87,7 +86,7 @@ def rows() -> Iterator[dict[str, Any]]:
     """One for each problem."""
     dropouts = ((torch.bfloat16, 0.0), (torch.bfloat16, 0.6), (torch.float32, 0.0), (torch.float32, 0.6))
     for (name, (lengths, width)), size, (dtype, dropout) in itertools.product(LENGTHS.items(), SIZES, dropouts):
-        packing = transformer.pack(torch.from_numpy(lengths).cuda(), width, int(lengths.sum()))
+        packing = pack(torch.from_numpy(lengths).cuda(), width, int(lengths.sum()))
         mixed = torch.randn(int(lengths.sum()), 3, HEADS, size, dtype=dtype, device="cuda")
         row = {"rows": name, "head": size, "dtype": str(dtype).removeprefix("torch."), "dropout": dropout}
         for title, attention in (("own", own), ("varlen_attn", variable), ("padded", padded)):

@@ -21,8 +21,10 @@ from recbole.data.interaction import Interaction
 from recbole.utils import get_model, get_trainer, init_seed
 
 import recbole_cce  # noqa: F401  registers the models
-from recbole_cce.data.dataset import TARGET_COUNT, Places
-from recbole_cce.nn.losses import LOSSES, SampledLoss
+from recbole_cce.data.dataset import TARGET_COUNT
+from recbole_cce.nn.batch import Places
+from recbole_cce.nn.losses.registry import LOSSES
+from recbole_cce.nn.losses.sampled import SampledLoss
 from recbole_cce.plugin import entry_points
 from recbole_cce.training.memory import WITHOUT_DATA, DryRun, Shape, catalogue
 from recbole_cce.training.out_of_memory import GIB

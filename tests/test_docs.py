@@ -15,7 +15,7 @@ from recbole.config import Config
 from torch.nn import functional as F
 
 from recbole_cce import cli
-from recbole_cce.nn import losses
+from recbole_cce.nn.losses import registry, sampled
 from recbole_cce.ops import negatives
 from recbole_cce.plugin import checks, keys, registration
 from tests.conftest import write_inter
@@ -61,8 +61,8 @@ FEW_USERS = "--user_inter_num_interval=[20,30]"  # of ml-100k
 
 
 def test_loss_of_the_page_is_the_formula_it_names():
-    namespace = {**vars(losses), "LOSSES": {}}
-    exec(block_after(ADDING, "At the end of `recbole_cce/nn/losses.py`"), namespace)
+    namespace = {**vars(sampled), "LOSSES": {}}
+    exec(block_after(ADDING, "At the end of `recbole_cce/nn/losses/sampled.py`"), namespace)
     config = {"loss_backend": "auto", "loss_dtype": "auto", "num_negatives": 9, "negative_sharing": "tile"}
     config |= {"logq_correction": True, "negative_distribution": "uniform", "negative_alpha": 1.0}
     loss = namespace["LOSSES"]["BPR"](config, torch.ones(6))
@@ -87,12 +87,12 @@ def test_loss_of_the_page_trains_in_the_place_it_names(tmp_path, tiny):
     for name in ("recbole_cce", "properties"):
         shutil.copytree(ROOT / name, copy / name)
     shutil.copy(ROOT / "run_recbole_cce.py", copy)
-    with open(copy / "recbole_cce" / "nn" / "losses.py", "a") as file:
-        file.write("\n\n" + block_after(ADDING, "At the end of `recbole_cce/nn/losses.py`"))
+    with open(copy / "recbole_cce" / "nn" / "losses" / "sampled.py", "a") as file:
+        file.write("\n\n" + block_after(ADDING, "At the end of `recbole_cce/nn/losses/sampled.py`"))
     (command,) = [line for line in commands(ADDING) if "--loss_type=BPR" in line]
     columns = "--load_col={'inter': ['user_id', 'item_id', 'timestamp']}"
     output = run(command, copy, *SHORT, "--epochs=2", "--dataset=tiny", f"--data_path={tiny}", columns)
-    assert "recbole_cce/nn/losses.py" not in output  # no warning or traceback from there
+    assert "recbole_cce/nn/losses/sampled.py" not in output  # no warning or traceback from there
     assert 0 < metric(output, "ndcg@5") <= 1
     with pytest.raises(ValueError, match="loss_type: 'BPR' is not valid"):  # without step 1
         Config("SASRecCCE", "ml-100k", config_dict={"loss_type": "BPR"})
@@ -221,7 +221,7 @@ def test_figures_are_shown():
 
 def test_page_of_losses_has_every_loss_and_its_keys():
     page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `([A-Za-z-]+)` \|", page, re.MULTILINE) == list(losses.LOSSES)
+    assert re.findall(r"^\| `([A-Za-z-]+)` \|", page, re.MULTILINE) == list(registry.LOSSES)
     elsewhere = {
         "cache_data",
         "architecture",

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from recbole_cce.errors import UserError
-from recbole_cce.nn.losses import LOSSES, SampledLoss
+from recbole_cce.nn.losses.registry import LOSSES
+from recbole_cce.nn.losses.sampled import SampledLoss
 from recbole_cce.plugin import keys
 from recbole_cce.training.memory import DryRun, Memory, Shape
 from recbole_cce.training.out_of_memory import GIB, USABLE

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from recbole_cce.data.rows import TARGET_ROW, Gathered, Rows
 from recbole_cce.data.sources import cache
 from recbole_cce.errors import UserError
 from recbole_cce.nn import repeats
+from recbole_cce.nn.batch import Places
 from recbole_cce.nn.history import History, UserHistories, listed
 
 # Field of a training batch: how many of a row's last positions are trained.
@@ -36,17 +37,6 @@ TARGET_COUNT = "target_count"
 ROW_NUMBER = "row_number"
 # The most of a GPU's free memory that the data may take.
 RESIDENT_SHARE = 1 / 8
-
-
-class Places(NamedTuple):
-    """How many places a training batch needs: as many as it has real positions and targets, or more of them.
-
-    `fixed`: batches of other rows have equally many.
-    """
-
-    positions: int
-    targets: int
-    fixed: bool = False
 
 
 def counted(values: Any = ()) -> Counter:

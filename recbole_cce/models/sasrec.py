@@ -14,15 +14,17 @@ from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
 from recbole.utils import InputType
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recbole_cce.data.dataset import TARGET_COUNT, Places
+from recbole_cce.data.dataset import TARGET_COUNT
 from recbole_cce.errors import UserError
+from recbole_cce.nn.batch import Places, last_positions, next_items, places_of, rows_at
 from recbole_cce.nn.history import listed
-from recbole_cce.nn.losses import LOSSES
+from recbole_cce.nn.item_table import Lookup
+from recbole_cce.nn.losses.registry import LOSSES
+from recbole_cce.nn.packing import Packing, pack, packs
 from recbole_cce.nn.repeats import AGES, age_group
-from recbole_cce.nn.transformer import Packing, encode, encode_original, fuse_gelu, pack, packs
+from recbole_cce.nn.transformer import encode, encode_original, fuse_gelu
 
 TRAINED_SHARE = 0.9  # of the positions; a loss then passes over the others sooner than a copy without them is made
 
@@ -177,34 +179,6 @@ class SASRecSCE(EfficientSASRec):
     """SASRec with scalable cross-entropy by default (`loss_type: SCE`, arXiv 2409.18721)."""
 
 
-class Lookup(torch.autograd.Function):
-    """Rows of the item table, and the table itself for the loss: its gradient from both is one tensor.
-
-    Otherwise a second one of [V+1, D] would be filled, written to and added to the first: 16 bytes a number of the
-    table in each step, where Adam has to move 28.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[V+1, D] table and items [...] -> [..., D] and the table."""
-        ctx.save_for_backward(items)
-        ctx.set_materialize_grads(False)
-        ctx.shape = weight.shape
-        return F.embedding(items, weight), weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_rows: torch.Tensor, grad_table: torch.Tensor | None) -> tuple[torch.Tensor, None]:
-        """The loss's gradient, which nothing else holds, with those of the rows added, but for the padding item's."""
-        (items,) = ctx.saved_tensors
-        if grad_table is None:
-            grad_table = grad_rows.new_zeros(ctx.shape)
-        of_padding = grad_table[0].clone()
-        grad_table.index_add_(0, items.flatten(), grad_rows.flatten(0, -2).to(grad_table.dtype))
-        grad_table[0] = of_padding
-        return grad_table, None
-
-
 def encoded(model: SASRec, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
     """Hidden states [..., D] of items' vectors [B, L, D], or of packed ones [P, D] with those of their positions added;
     `where` as of layers.encode."""
@@ -224,53 +198,6 @@ def encoded(model: SASRec, vectors: torch.Tensor, where: torch.Tensor | Packing)
 def compiled_encoded() -> Callable[[SASRec, torch.Tensor, torch.Tensor | Packing], torch.Tensor]:
     """encoded() of torch.compile: a function, so that modules and state dicts stay what they are."""
     return torch.compile(encoded)
-
-
-def places_of(where: torch.Tensor | Packing, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """[N] the places among all that hidden_states() gives of N positions, by row and position in it."""
-    if isinstance(where, Packing):
-        return (where.starts[row] + position).clamp(max=len(where.index) - 1)  # a row of padding has no place
-    return row * where.size(1) + position
-
-
-def rows_at(
-    hidden: torch.Tensor, where: torch.Tensor | Packing, row: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    """[N, D] hidden states of N positions, by row and position in it, from all of them [P, D]."""
-    # the gradient of index_select needs no sorting, that of hidden[index] does
-    return hidden.index_select(0, places_of(where, row, position))
-
-
-def last_positions(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B] rows and [B] their last positions; the first one of a row of padding."""
-    return torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
-
-
-def next_items(
-    item_seq: torch.Tensor, lengths: torch.Tensor, last: torch.Tensor, count: torch.Tensor, places: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The positions of a batch that are trained, and their targets.
-
-    Args:
-        item_seq: [B, L] items, padded with 0 on the right.
-        lengths: [B] how many there are in each row.
-        last: [B] the item after the last one of each row.
-        count: [B] how many of a row's last positions are trained: the others are in another row.
-        places: N, the sum of `count` or more.
-
-    Returns:
-        [N] rows and [N] positions in them, in order, and [N] the items that come next; 0 in places that are left over.
-    """
-    width = item_seq.size(1)
-    ends = count.cumsum(0)
-    place = torch.arange(places, device=item_seq.device)
-    row = torch.searchsorted(ends, place, right=True)
-    left_over = row == len(count)
-    row = row.clamp(max=len(count) - 1)
-    following = lengths[row] - ends[row] + place + 1
-    target = item_seq.flatten()[row * width + following.clamp(max=width - 1)]
-    target = torch.where(following < lengths[row], target, last[row]).masked_fill(left_over, 0)
-    return row, (following - 1).clamp(max=width - 1), target
 
 
 def item_counts(dataset: Any) -> torch.Tensor:

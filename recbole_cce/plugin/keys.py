@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recbole_cce.errors import UserError
-from recbole_cce.nn.losses import LOSSES
+from recbole_cce.nn.losses.registry import LOSSES
 
 Check = tuple[str, Callable[[Any], bool]]  # what is valid in words, and whether a value is
 

@@ -13,7 +13,7 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import nn
 
-from recbole_cce.data.dataset import Places
+from recbole_cce.nn.batch import Places
 
 WARM_UP_STEPS = 3  # compile kernels, create handles and workspaces: nothing of that may happen in a capture
 

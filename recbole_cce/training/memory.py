@@ -25,9 +25,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recbole_cce.data.dataset import TARGET_COUNT, Places
+from recbole_cce.data.dataset import TARGET_COUNT
 from recbole_cce.models.sasrec import SASRecCCE
-from recbole_cce.nn.losses import LOSSES
+from recbole_cce.nn.batch import Places
+from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.ops.scalable_cross_entropy import AUTO_BUCKET_SIZE_Y, auto_size
 from recbole_cce.plugin import entry_points
 

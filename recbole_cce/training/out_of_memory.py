@@ -10,8 +10,8 @@ import psutil
 import torch
 from torch import nn
 
-from recbole_cce.data.dataset import Places
-from recbole_cce.nn.transformer import packs
+from recbole_cce.nn.batch import Places
+from recbole_cce.nn.packing import packs
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 GIB = 2**30

@@ -23,10 +23,11 @@ from torch import distributed, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_cce.data.dataset import RESIDENT_SHARE, ROW_NUMBER, LeanSequentialDataset, Places
+from recbole_cce.data.dataset import RESIDENT_SHARE, ROW_NUMBER, LeanSequentialDataset
 from recbole_cce.errors import UserError
 from recbole_cce.nn import repeats
-from recbole_cce.nn.transformer import packs
+from recbole_cce.nn.batch import Places
+from recbole_cce.nn.packing import packs
 from recbole_cce.ops.backend import triton_unavailable
 from recbole_cce.plugin.repairs import checkpoint_state, share_file_name
 from recbole_cce.training import checkpoint, interrupts, out_of_memory

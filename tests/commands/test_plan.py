@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from recbole_cce import cli
 from recbole_cce.commands.plan import most_negatives, most_rows, steps
 from recbole_cce.models.sasrec import SASRecCCE, encoded
-from recbole_cce.nn.losses import LOSSES
+from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.training.memory import BUFFERS, CUBLAS, DryRun, LiveBytes, Shape, catalogue
 from recbole_cce.training.out_of_memory import GIB, USABLE
 

@@ -15,10 +15,12 @@ from recbole.model.sequential_recommender.sasrec import SASRec
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from recbole_cce.data.dataset import Places
 from recbole_cce.models import sasrec
-from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE, fingerprint, next_items
-from recbole_cce.nn.losses import LOSSES, SCE, CCEMinus
+from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE, fingerprint
+from recbole_cce.nn.batch import Places, next_items
+from recbole_cce.nn.losses.registry import LOSSES
+from recbole_cce.nn.losses.sampled import CCEMinus
+from recbole_cce.nn.losses.scalable import SCE
 from tests.build import configure, experiment
 from tests.nn.test_transformer import ATTENTION
 

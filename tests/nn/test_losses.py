@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recbole_cce.nn.losses import LOSSES
+from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.ops import negatives
 from recbole_cce.ops.reference import scalable_cross_entropy as scalable
 from tests.ops import naive

@@ -12,8 +12,10 @@ import torch
 from recbole.model.layers import TransformerEncoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recbole_cce.nn import attention as attention_module
 from recbole_cce.nn import transformer
-from recbole_cce.nn.transformer import encode, pack
+from recbole_cce.nn.packing import pack, unpack
+from recbole_cce.nn.transformer import encode
 
 ATTENTION = ["auto", "sdpa", "packed", "recbole"]
 
@@ -55,7 +57,7 @@ def run(module, embedded, valid, attention, left_over=0):
     packing = pack(valid.sum(1), valid.size(1), int(valid.sum()) + left_over)
     filler = embedded.new_full((1, embedded.size(-1)), 7.0)
     packed = torch.cat([embedded.flatten(0, 1), filler])[packing.index]
-    return transformer.unpack(encode(module, packed, packing), packing)
+    return unpack(encode(module, packed, packing), packing)
 
 
 def stock(module, embedded, valid):
@@ -164,15 +166,15 @@ def test_packing(left_over):
 
 def by_sequence(query, key, value, bounds, bounds_k, longest, longest_k, **causal):
     """torch's varlen_attn, one sequence at a time."""
-    assert causal == transformer.CAUSAL and longest == longest_k and torch.equal(bounds, bounds_k)
+    assert causal == attention_module.CAUSAL and longest == longest_k and torch.equal(bounds, bounds_k)
     sizes = bounds.diff().tolist()
     assert sum(sizes) == len(query) and max(sizes) <= longest
     parts = zip(*(part.split(sizes) for part in (query, key, value)), strict=True)
-    contexts = [transformer.padded_attention(*(part[None] for part in parts_of), 0.0)[0] for parts_of in parts]
+    contexts = [attention_module.padded_attention(*(part[None] for part in parts_of), 0.0)[0] for parts_of in parts]
     return torch.cat(contexts)
 
 
-needs_varlen = pytest.mark.skipif(transformer.varlen_attn is None, reason="torch has no varlen_attn")
+needs_varlen = pytest.mark.skipif(attention_module.varlen_attn is None, reason="torch has no varlen_attn")
 OPS = {"own": "recbole_cce::packed_attention", "varlen": "torch_attn::_varlen_attn"}
 
 
@@ -182,7 +184,7 @@ def test_attention_over_sequences_of_their_own_lengths(op, left_over, monkeypatc
     """What is passed to the ops, which run on GPUs: ours in plain torch, torch's one sequence at a time."""
     monkeypatch.setattr(transformer, "takes_own", lambda *_: op == "own")
     monkeypatch.setattr(transformer, "takes_variable_lengths", lambda query, dropout: op == "varlen")
-    monkeypatch.setattr(transformer, "varlen_attn", by_sequence)
+    monkeypatch.setattr(attention_module, "varlen_attn", by_sequence)
     module, (embedded, valid) = encoder(), batch(7)
     assert_same_as_recbole(module, embedded, valid, lambda *args: run(*args, "packed", left_over), 1e-9, 1e-11)
 
@@ -200,7 +202,7 @@ def test_attention_over_sequences_of_their_own_lengths(op, left_over, monkeypatc
 )
 def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, monkeypatch):
     """Against fp64 on padded rows; outputs and gradients."""
-    monkeypatch.setattr(transformer, "OWN_WIDTH", dict.fromkeys((2, 4), 200 if op == "own" else 0))
+    monkeypatch.setattr(attention_module, "OWN_WIDTH", dict.fromkeys((2, 4), 200 if op == "own" else 0))
     module, (embedded, valid) = encoder(n_heads, width=64), batch(length, width=64)
     results = []
     for attention, low in (("sdpa", False), ("sdpa", True), ("packed", True)):
@@ -252,8 +254,8 @@ def test_packed_where_varlen_attn_does_not_go(settings, own):
 def test_flash_attention_needs_ampere(dtype, capability, takes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     query = mock.Mock(is_cuda=True, dtype=dtype, device=torch.device("cuda:0"), size=lambda dim: 32)
-    assert transformer.takes_variable_lengths(query, 0.0) == takes
-    assert takes or not transformer.takes_own(query, 20, 0.0)
+    assert attention_module.takes_variable_lengths(query, 0.0) == takes
+    assert takes or not attention_module.takes_own(query, 20, 0.0)
 
 
 @pytest.mark.cuda

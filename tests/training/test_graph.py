@@ -9,9 +9,9 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import init_seed
 
-from recbole_cce.data.dataset import Places
-from recbole_cce.nn.losses import LOSSES
-from recbole_cce.nn.transformer import packs
+from recbole_cce.nn.batch import Places
+from recbole_cce.nn.losses.registry import LOSSES
+from recbole_cce.nn.packing import packs
 from recbole_cce.training import graph, trainer
 from tests.build import experiment
 from tests.conftest import write_inter

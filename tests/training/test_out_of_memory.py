@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from recbole_cce.data.dataset import Places
+from recbole_cce.nn.batch import Places
 from recbole_cce.training import out_of_memory
 from tests.build import experiment
 from tests.training.test_trainer import fit

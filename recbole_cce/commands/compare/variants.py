@@ -14,7 +14,7 @@ from recbole.config import Config
 from recbole.utils import argument_list
 
 from recbole_cce.errors import UserError
-from recbole_cce.nn.losses import LOSSES
+from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.plugin import checks, registration
 from recbole_cce.plugin.config_sources import read_yaml
 

@@ -1,0 +1,50 @@
+"""What all losses share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Loss(nn.Module):
+    """Base of all losses. `config`: the keys of recbole_cce/plugin/keys.py. `counts` [V]: how often each real item is
+    a training target. Holds no parameters, so that state dicts stay those of RecBole's SASRec.
+
+    Attributes:
+        capturable: whether a CUDA graph can hold it: no size depends on values, nothing waits for the device.
+    """
+
+    capturable = True
+
+    def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
+        super().__init__()
+        self.backend: str = config["loss_backend"]
+        self.dtype: str = config["loss_dtype"]
+
+    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast as `loss_dtype` says. The ops round their inputs to its dtype and keep logits in fp32; the products
+        of CE and CE- are torch's own, with logits in that dtype."""
+        if self.dtype == "auto":
+            return contextlib.nullcontext()
+        if self.dtype == "float32":
+            return torch.autocast(device.type, enabled=False)
+        return torch.autocast(device.type, dtype=getattr(torch, self.dtype))
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers about the epoch that just ended, for the log. Reading them waits for the device."""
+        return {}
+
+
+def of_targets(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Zero for [N, D] hidden states whose target is the padding item: what they hold reaches no gradient."""
+    return hidden.masked_fill((target == 0)[:, None], 0)
+
+
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in fp32, where a product under autocast or of 16-bit inputs is not."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,39 @@
+"""Binary cross-entropy over sampled negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from recbole_cce import ops
+from recbole_cce.nn.losses.sampled import SampledLoss
+from recbole_cce.ops.sampled_binary_cross_entropy import gbce_beta
+
+
+class BCE(SampledLoss):
+    """Binary cross-entropy of SASRec with K negatives: ops.sampled_binary_cross_entropy."""
+
+    positive_weight = 1.0
+
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with self.precision(hidden.device):
+            return ops.sampled_binary_cross_entropy(
+                hidden,
+                weight,
+                target,
+                num_negatives=self.num_negatives,
+                positive_weight=self.positive_weight,
+                sampler=self.sampler,
+                sharing=self.sharing,
+                backend=self.backend,
+            )
+
+
+class GBCE(BCE):
+    """Generalised binary cross-entropy of gSASRec (Petrov & Macdonald, RecSys 2023): BCE, its positive weighed."""
+
+    def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
+        super().__init__(config, counts)
+        self.positive_weight = gbce_beta(self.num_negatives, len(counts), config["gbce_t"])

@@ -1,0 +1,28 @@
+"""Cross-entropy over all items."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from recbole_cce import ops
+from recbole_cce.nn.losses.base import Loss, at_least_float32, of_targets
+
+
+class CE(Loss):
+    """Full cross-entropy with all logits in memory, as RecBole's own head; the padding item is no candidate."""
+
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        hidden = of_targets(hidden, target)
+        with self.precision(hidden.device):
+            logits = hidden.to(weight.dtype) @ weight[1:].T
+        loss = F.cross_entropy(at_least_float32(logits), target - 1, ignore_index=-1, reduction="sum")
+        return loss / (target != 0).sum().clamp(min=1)
+
+
+class CCE(Loss):
+    """Full cross-entropy, exact, without the logits: ops.linear_cross_entropy."""
+
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with self.precision(hidden.device):
+            return ops.linear_cross_entropy(hidden, weight, target, backend=self.backend)

@@ -1,0 +1,66 @@
+"""Cross-entropy over sampled negatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from recbole_cce import ops
+from recbole_cce.nn.losses.base import Loss, at_least_float32, of_targets
+from recbole_cce.ops import negatives
+
+
+class SampledLoss(Loss):
+    """A loss over K negatives drawn from `negative_distribution`, shared as `negative_sharing` says."""
+
+    def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
+        super().__init__(config, counts)
+        self.num_negatives: int = config["num_negatives"]
+        self.sharing: str = config["negative_sharing"]
+        self.logq_correction: bool = config["logq_correction"]
+        self.sampler = (
+            ops.Uniform()
+            if config["negative_distribution"] == "uniform"
+            else ops.Popularity(counts, alpha=config["negative_alpha"])
+        )
+
+
+class CCEMinus(SampledLoss):
+    """Cross-entropy with negative sampling (arXiv 2509.09682): ops.sampled_cross_entropy."""
+
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with self.precision(hidden.device):
+            return ops.sampled_cross_entropy(
+                hidden,
+                weight,
+                target,
+                num_negatives=self.num_negatives,
+                sampler=self.sampler,
+                sharing=self.sharing,
+                logq_correction=self.logq_correction,
+                backend=self.backend,
+            )
+
+
+class CEMinus(SampledLoss):
+    """The same number as CCE-, with the rows of all negatives in memory [N, K, D]: the paper's baseline."""
+
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        device = hidden.device
+        groups = torch.arange(negatives.num_groups(len(hidden), self.sharing), device=device)
+        drawn = negatives.draw_negatives(
+            self.sampler, negatives.new_seed(device), groups, self.num_negatives, len(weight), padding_idx=0
+        )
+        drawn = drawn[torch.arange(len(hidden), device=device) % len(groups)]
+        hidden, valid = of_targets(hidden, target).to(weight.dtype), target != 0
+        with self.precision(device):
+            positive = at_least_float32(torch.einsum("nd,nd->n", hidden, weight[target.where(valid, 1)]))
+            negative = at_least_float32(torch.einsum("nd,nkd->nk", hidden, weight[drawn]))
+        if self.logq_correction:
+            negative = negative - (self.sampler.log_q(drawn - 1, len(weight) - 1) + math.log(self.num_negatives))
+        negative = negative.masked_fill(drawn == target[:, None], -torch.inf)
+        loss = torch.logsumexp(torch.cat([positive[:, None], negative], dim=1), dim=1) - positive
+        return torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)

@@ -1,0 +1,56 @@
+"""Cross-entropy in buckets of hard items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from recbole_cce import ops
+from recbole_cce.nn.losses.base import Loss
+from recbole_cce.ops.scalable_cross_entropy import auto_size
+
+ITEMS_IN_BUCKET = 1024  # four times the op's default: hard items are missed less often (docs/study.md)
+
+
+class SCE(Loss):
+    """Scalable cross-entropy over random-projection buckets (arXiv 2409.18721): ops.scalable_cross_entropy.
+
+    `auto` counts the rows it is given, which is known without waiting for the device: the model passes few rows without
+    a target, or, in a step of fixed size, places for as many as a batch can have.
+    """
+
+    def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
+        super().__init__(config, counts)
+        self.n_buckets: int | str = config["n_buckets"]
+        self.bucket_size_x: int | str = config["bucket_size_x"]
+        self.bucket_size_y: int = ITEMS_IN_BUCKET if config["bucket_size_y"] == "auto" else config["bucket_size_y"]
+        self.mix_x: bool = config["mix_x"]
+        # positions in a bucket, and positions, since the last call of statistics(); read once an epoch
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64), persistent=False)
+
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        n_buckets, bucket_size_x = (
+            max(1, auto_size(len(target))) if size == "auto" else size for size in (self.n_buckets, self.bucket_size_x)
+        )
+        with self.precision(hidden.device):
+            loss, covered = ops.scalable_cross_entropy(
+                hidden,
+                weight,
+                target,
+                n_buckets=n_buckets,
+                bucket_size_x=bucket_size_x,
+                bucket_size_y=self.bucket_size_y,
+                mix_x=self.mix_x,
+                return_coverage=True,
+                backend=self.backend,
+            )
+        self.seen += torch.stack([covered.sum(), (target != 0).sum()])
+        return loss
+
+    def statistics(self) -> dict[str, float]:
+        """`coverage`: share of the positions that were in at least one bucket."""
+        covered, positions = self.seen.tolist()
+        self.seen.zero_()
+        return {"coverage": covered / max(positions, 1)}

@@ -21,13 +21,14 @@ from recbole.data.interaction import Interaction
 from recbole.utils import get_model, get_trainer, init_seed
 
 import recbole_cce  # noqa: F401  registers the models
+from recbole_cce.commands.plan import WITHOUT_DATA, Shape
 from recbole_cce.data.dataset import TARGET_COUNT
-from recbole_cce.nn.batch import Places
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.nn.losses.sampled import SampledLoss
 from recbole_cce.plugin import entry_points
-from recbole_cce.training.memory import WITHOUT_DATA, DryRun, Shape, catalogue
+from recbole_cce.training.memory import catalogue
 from recbole_cce.training.out_of_memory import GIB
+from recbole_cce.training.step_plan import StepPlan
 
 STEPS = 3
 
@@ -61,7 +62,8 @@ SETTINGS = (
 
 def predicted(setting: Setting) -> int:
     """Bytes, by a dry run."""
-    return DryRun(setting.shape).memory(setting.loss_type, setting.rows, setting.negatives).peak
+    plan = StepPlan.full(setting.rows, setting.shape.length)
+    return setting.shape.dry_run().memory(plan, loss_type=setting.loss_type, num_negatives=setting.negatives).peak
 
 
 def measured(setting: Setting) -> int:
@@ -89,10 +91,10 @@ def measured(setting: Setting) -> int:
         model = get_model("SASRecCCE")(config, catalogue(config, setting.shape.items))
     model = model.to(config["device"]).train()
     trainer = get_trainer(config["MODEL_TYPE"], "SASRecCCE")(config, model)
-    places = Places(*[setting.rows * setting.shape.length] * 2)
+    trainer.plan = StepPlan.full(setting.rows, setting.shape.length)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
-        trainer._step(batch(model, setting), places, model.calculate_loss)
+        trainer._step([batch(model, setting)], [trainer.plan.counts])
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 

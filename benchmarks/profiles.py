@@ -47,9 +47,10 @@ def busy_share(trainer: Trainer, epoch: Callable[[], Any]) -> float:
 
 @contextmanager
 def named_parts(trainer: Trainer) -> Iterator[None]:
-    """Record ranges `part: head` and `part: encoder` around a model's loss and its calculate_loss as a whole."""
+    """Record ranges `part: head` and `part: encoder` around a model's loss and all that it computes."""
     model = trainer.model
-    calculate_loss = model.calculate_loss
+    name = "loss_sum" if hasattr(model, "loss_sum") else "calculate_loss"
+    whole = getattr(model, name)
     head = model.loss if hasattr(model, "loss") else model.loss_fct
     forward = head.forward
 
@@ -60,12 +61,13 @@ def named_parts(trainer: Trainer) -> Iterator[None]:
 
         return call
 
-    model.calculate_loss = in_range("encoder", calculate_loss)
+    setattr(model, name, in_range("encoder", whole))
     head.forward = in_range("head", forward)
     try:
         yield
     finally:
-        model.calculate_loss, head.forward = calculate_loss, forward
+        setattr(model, name, whole)
+        head.forward = forward
 
 
 def part_of(event: Any, forward_parts: dict[int, str]) -> str:

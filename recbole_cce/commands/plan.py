@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from recbole_cce.errors import UserError
+from recbole_cce.models.sasrec import SASRecCCE
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.nn.losses.sampled import SampledLoss
-from recbole_cce.plugin import keys
-from recbole_cce.training.memory import DryRun, Memory, Shape
+from recbole_cce.plugin import entry_points, keys
+from recbole_cce.training.memory import DryRun, Memory, largest
 from recbole_cce.training.out_of_memory import GIB, USABLE
+from recbole_cce.training.step_plan import StepPlan
 
 MOST_NEGATIVES = 2**16
 MOST_ROWS = 2**20
 COLUMNS = ("loss", "batch size", "negatives", "peak GiB", "parameters + optimizer", "encoder", "loss", "")
+
+
+# In the place of auto where there are no data: memory is the same with any dropout but 0, and any learning rate.
+WITHOUT_DATA = {"hidden_dropout_prob": 0.5, "learning_rate": 0.001, "loss_type": "CCE-"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model: V `items`, rows of `length` positions, D = `hidden`; otherwise RecBole's SASRec."""
+
+    items: int
+    length: int
+    hidden: int
+    layers: int = 2
+    heads: int = 2
+    inner: int = 256
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """RecBole's keys."""
+        return {
+            "MAX_ITEM_LIST_LENGTH": self.length,
+            "hidden_size": self.hidden,
+            "n_layers": self.layers,
+            "n_heads": self.heads,
+            "inner_size": self.inner,
+        }
+
+    def dry_run(self) -> DryRun:
+        """Steps of a SASRecCCE of this shape, with its defaults otherwise."""
+        config = entry_points.configuration("SASRecCCE", "none", [], {**self.settings, **WITHOUT_DATA})
+        return DryRun(config, SASRecCCE, self.items)
 
 
 @dataclass(frozen=True)
@@ -78,20 +112,23 @@ def steps(shape: Shape, budget: int, batch_size: int | None = None, negatives: i
     Negatives are a power of two: as many as rows if memory allows both, since more of both is better than of one, but
     no more than most_negatives(). What is given is not chosen.
     """
-    dry_run = DryRun(shape)
+    dry_run = shape.dry_run()
 
     def step(loss_type: str) -> Step:
         sampled = issubclass(LOSSES[loss_type], SampledLoss)
 
+        def memory(rows: int, k: int) -> Memory:
+            return dry_run.memory(StepPlan.full(rows, shape.length), loss_type=loss_type, num_negatives=k)
+
         def peak(rows: int, k: int) -> int:
-            return dry_run.memory(loss_type, rows, k).peak
+            return memory(rows, k).peak
 
         k = negatives or 1
         if negatives is None and sampled:
             powers = [2**power for power in range(most_negatives(shape).bit_length())]
             k = powers[max(0, bisect_right(powers, budget, key=lambda k: peak(batch_size or k, k)) - 1)]
-        rows = batch_size or most_rows(lambda rows: peak(rows, k), budget)
-        return Step(loss_type, rows, k if sampled else None, dry_run.memory(loss_type, rows, k))
+        rows = batch_size or largest(lambda rows: peak(rows, k), budget, MOST_ROWS)
+        return Step(loss_type, rows, k if sampled else None, memory(rows, k))
 
     return [step(loss_type) for loss_type in LOSSES]
 
@@ -104,28 +141,6 @@ def most_negatives(shape: Shape) -> int:
     """
     as_encoder = 3 * shape.layers * (4 * shape.hidden + 2 * shape.inner + shape.length) // 4
     return min(as_encoder, shape.items, MOST_NEGATIVES)
-
-
-def most_rows(peak: Callable[[int], int], budget: int) -> int:
-    """The largest number of rows with peak(rows) <= budget; 1 where none is.
-
-    Memory grows with the rows along a few straight lines: where one crosses the budget is tried first.
-    """
-    fits, does_not = 1, MOST_ROWS
-    at_fits, at_does_not = peak(fits), peak(does_not)
-    if at_fits > budget:
-        return fits
-    if at_does_not <= budget:
-        return does_not
-    while does_not - fits > 1:
-        rows = fits + (budget - at_fits) * (does_not - fits) // (at_does_not - at_fits)
-        rows = min(max(rows, fits + 1), does_not - 1)
-        at_rows = peak(rows)
-        if at_rows <= budget:
-            fits, at_fits = rows, at_rows
-        else:
-            does_not, at_does_not = rows, at_rows
-    return fits
 
 
 def table(found: list[Step], budget: int) -> str:

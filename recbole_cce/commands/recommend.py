@@ -20,7 +20,7 @@ from recbole_cce.files import write_whole
 from recbole_cce.nn import repeats
 from recbole_cce.plugin import entry_points, registration
 from recbole_cce.training.checkpoint import make_safe, read
-from recbole_cce.training.evaluation import top_items
+from recbole_cce.training.evaluation import table_of, top_items
 
 FORMATS = (".csv", ".parquet")
 
@@ -75,7 +75,7 @@ def export(checkpoint: str, output: str, trust_checkpoint: bool = False) -> None
         UserError: as recommend().
     """
     _, model, dataset = load(checkpoint, trust_checkpoint)
-    vectors = model.item_embedding.weight.detach()[1:].float().cpu().numpy()
+    vectors = table_of(model).vectors().numpy()
     tokens = dataset.field2id_token[dataset.iid_field][1:]
     write_whole(Path(f"{output}.npy"), lambda file: np.save(file, vectors))
     table = pd.DataFrame({"row": np.arange(len(tokens)), "item": tokens})

@@ -48,8 +48,9 @@ def resolve(config: Config, train: Any) -> None:
         choose("train_batch_size", ROWS_OF_LAST)
         choose("learning_rate", RECBOLE_RATE)
     else:
-        choose("train_batch_size", batch_size(targets, rows))
-        choose("learning_rate", learning_rate(config["train_batch_size"] * targets / rows))
+        accumulated = config["accumulate_steps"] or 1
+        choose("train_batch_size", max(1, batch_size(targets, rows) // accumulated))
+        choose("learning_rate", learning_rate(accumulated * config["train_batch_size"] * targets / rows))
     choose("hidden_dropout_prob", dropout(targets, items))
     if chosen:
         settings = ", ".join(f"{set_color(key, 'blue')}: {value}" for key, value in chosen.items())

@@ -28,7 +28,7 @@ from recbole_cce.data.rows import TARGET_ROW, Gathered, Rows
 from recbole_cce.data.sources import cache
 from recbole_cce.errors import UserError
 from recbole_cce.nn import repeats
-from recbole_cce.nn.batch import Places
+from recbole_cce.nn.batch import Counts
 from recbole_cce.nn.history import History, UserHistories, listed
 
 # Field of a training batch: how many of a row's last positions are trained.
@@ -347,14 +347,14 @@ class LeanSequentialDataset(SequentialDataset):
         rows = self.inter_feat[self.windows]
         return torch.stack([rows[self.item_list_length_field], self._target_counts(rows)])
 
-    def places(self, batch: Interaction) -> Places:
-        """What a batch on the CPU needs."""
+    def counts(self, batch: Interaction) -> Counts:
+        """Of a batch on the CPU."""
         length = batch[self.item_list_length_field]
         targets = int(batch[TARGET_COUNT].sum()) if TARGET_COUNT in batch else len(length)
-        return Places(int(length.sum()), targets)
+        return Counts(int(length.sum()), targets)
 
-    def capacity(self, rows: int) -> Places:
-        """What a batch of `rows` random rows practically never exceeds: six deviations above the means."""
+    def capacity(self, rows: int) -> Counts:
+        """Counts that a batch of `rows` random rows practically never exceeds: six deviations above the means."""
 
         def most(size: torch.Tensor) -> int:
             size = size.double()
@@ -362,7 +362,7 @@ class LeanSequentialDataset(SequentialDataset):
             largest = size.topk(min(rows, len(size))).values.sum()
             return math.ceil(min(rows * size.mean() + 6 * deviation, largest))
 
-        return Places(*map(most, self.sizes()), fixed=True)
+        return Counts(*map(most, self.sizes()), fixed=True)
 
     # Batches made on a GPU
 

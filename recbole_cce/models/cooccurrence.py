@@ -14,7 +14,8 @@ from recbole.utils import InputType
 from torch import nn
 
 from recbole_cce.data.rows import TARGET_ROW
-from recbole_cce.training.evaluation import PADDING, TopK
+from recbole_cce.nn.item_table import PADDING
+from recbole_cce.training.evaluation import TopK
 from recbole_cce.training.trainer import EfficientTrainer
 
 WINDOW = 20  # interactions: the distance of a pair, and the last ones of a history that count

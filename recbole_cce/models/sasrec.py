@@ -16,20 +16,19 @@ from recbole.utils import InputType
 from torch import nn
 from torch.nn import functional as F
 
-from recbole_cce.data.dataset import TARGET_COUNT
 from recbole_cce.errors import UserError
-from recbole_cce.nn.batch import Places, last_positions, next_items, places_of, rows_at
+from recbole_cce.nn.batch import TRAINED_SHARE, Batch, Counts, last_positions, slots_of, states_at
 from recbole_cce.nn.history import listed
-from recbole_cce.nn.item_table import Lookup
+from recbole_cce.nn.item_table import ItemTable
+from recbole_cce.nn.losses.loss_sum import LossSum
 from recbole_cce.nn.losses.registry import LOSSES
-from recbole_cce.nn.packing import Packing, pack, packs
+from recbole_cce.nn.packing import Packing, pack
 from recbole_cce.nn.repeats import AGES, age_group
 from recbole_cce.nn.transformer import encode, encode_original, fuse_gelu
+from recbole_cce.training.batch_model import BatchModel
 
-TRAINED_SHARE = 0.9  # of the positions; a loss then passes over the others sooner than a copy without them is made
 
-
-class EfficientSASRec(SASRec):
+class EfficientSASRec(BatchModel, SASRec):
     """RecBole's SASRec with its head replaced: same parameters, same scores, other loss.
 
     Each position of a row predicts the next item; with `train_targets: last` only the last one does, as in RecBole.
@@ -55,9 +54,7 @@ class EfficientSASRec(SASRec):
             for parameter in self.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        # for the positions and targets of the next batch, set by the trainer, who knows them on the host
-        self.places: Places | None = None
-        self.compiled = False  # set by the trainer: whether training steps encode with torch.compile
+        self.item_embedding = ItemTable.of(self.item_embedding)
         self.loss: nn.Module = LOSSES[self.loss_type](config, item_counts(dataset))
         self.catalogue = fingerprint(dataset.field2id_token[self.ITEM_ID])
         # added to the scores of items of the user's own history, by age; not a parameter, so that state dicts stay
@@ -66,45 +63,45 @@ class EfficientSASRec(SASRec):
         self.other_parameter_name = ["catalogue", "repeat_bias"]
 
     def hidden_states(
-        self, item_seq: torch.Tensor, lengths: torch.Tensor
+        self,
+        item_seq: torch.Tensor,
+        lengths: torch.Tensor,
+        counts: Counts | None = None,
+        packed: bool = False,
+        compiled: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | Packing, torch.Tensor]:
         """Hidden states [P, D] of all positions, how they lie, and the item table [V+1, D] for a loss over them.
 
         Args:
             item_seq: [B, L] items, padded with 0 on the right.
             lengths: [B] how many there are in each row.
+            counts: of the batch, if the host knows them.
+            packed, compiled: as of loss_sum().
         """
-        rows, width = item_seq.shape
-        if packs(self.attention, self.places and self.places.positions, rows * width):
-            # without places it waits for the device
-            where = pack(lengths, width, self.places.positions if self.places else int(lengths.sum()))
+        if packed:
+            # without counts it waits for the device
+            where = pack(lengths, item_seq.size(1), counts.positions if counts else int(lengths.sum()))
             items = F.pad(item_seq.flatten(), (0, 1))[where.index]
         else:
             where, items = item_seq != 0, item_seq
-        if self.training and torch.is_grad_enabled():
-            vectors, table = Lookup.apply(self.item_embedding.weight, items)
-        else:
-            vectors, table = self.item_embedding(items), self.item_embedding.weight
+        vectors, table = self.item_embedding.lookup(items)
         if self.architecture == "original":  # item vectors are then about as large as those of positions
             vectors = vectors * self.hidden_size**0.5
         if isinstance(where, Packing):  # not compiled: torch 2.6 then gets the gradient wrong
-            # as in rows_at(); few rows and many places would make the sort slow besides
+            # as in states_at(); few rows and many positions would make the sort slow besides
             position = where.position if self.positions == "start" else where.from_end
             vectors = vectors + self.position_embedding.weight.index_select(0, position)
-        return self._encoded(vectors, where).flatten(0, -2), where, table
-
-    def _encoded(self, vectors: torch.Tensor, where: torch.Tensor | Packing) -> torch.Tensor:
-        if not (self.compiled and self.training and torch.is_grad_enabled()):
-            return encoded(self, vectors, where)
-        if self.places is None or not self.places.fixed:
+        if not compiled:
+            return encoded(self, vectors, where).flatten(0, -2), where, table
+        if counts is None or not counts.fixed:
             for tensor in (vectors, *where[:5]) if isinstance(where, Packing) else (vectors, where):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled_encoded()(self, vectors, where)
+        return compiled_encoded()(self, vectors, where).flatten(0, -2), where, table
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """[B, L] items and [B] lengths -> [B, D] hidden states of the last positions."""
-        hidden, where, _ = self.hidden_states(item_seq, item_seq_len)
-        return rows_at(hidden, where, *last_positions(item_seq_len))
+        hidden, where, _ = self.hidden_states(item_seq, item_seq_len, packed=self.attention == "packed")
+        return states_at(hidden, where, *last_positions(item_seq_len))
 
     def predict(self, interaction: Interaction) -> torch.Tensor:
         """[B] scores of one item a row; what a user had is what the row lists."""
@@ -122,20 +119,13 @@ class EfficientSASRec(SASRec):
         scores[history.row, history.item] += self.repeat_bias.to(scores.device)[age_group(history.age)]
         return scores
 
-    def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
-        """The loss of `loss_type`, averaged over the targets of the batch."""
-        item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
-        target = interaction[self.POS_ITEM_ID]
-        hidden, where, table = self.hidden_states(item_seq, lengths)
-        if self.train_targets == "last":
-            return self.loss(rows_at(hidden, where, *last_positions(lengths)), target, table)
-        count = interaction[TARGET_COUNT]
-        # without places it waits for the device
-        places = self.places.targets if self.places else int(count.sum())
-        row, position, target = next_items(item_seq, lengths, target, count, places)
-        if places < TRAINED_SHARE * len(hidden):
-            return self.loss(rows_at(hidden, where, row, position), target, table)
-        every = target.new_zeros(len(hidden)).index_add_(0, places_of(where, row, position), target)
+    def loss_sum(self, batch: Batch, packed: bool = False, compiled: bool = False) -> LossSum:
+        """The loss of `loss_type` over the targets of a batch."""
+        hidden, where, table = self.hidden_states(batch.items, batch.lengths, batch.counts, packed, compiled)
+        row, position, target = batch.targets()
+        if batch.counts.targets < TRAINED_SHARE * len(hidden):
+            return self.loss(states_at(hidden, where, row, position), target, table)
+        every = target.new_zeros(len(hidden)).index_add_(0, slots_of(where, row, position), target)
         return self.loss(hidden, every, table)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

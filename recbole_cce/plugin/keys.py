@@ -258,6 +258,9 @@ KEYS: dict[str, Key] = {
         "sdpa",
         *_one_of("auto", "sdpa", "packed", "recbole"),
     ),
+    "accumulate_steps": Key(
+        "batches whose gradients make one step, as if they were one batch; they fit where that does not", *_integer(1)
+    ),
     "amp_dtype": Key("autocast dtype of training; auto: bfloat16 on GPUs that have it", *_one_of(*DTYPES)),
     "cuda_graph": Key("launch a training step as one CUDA graph; auto: small ones", *_one_of("auto", True, False)),
     "compile_encoder": Key(

@@ -93,7 +93,15 @@ MAY_DIFFER = dict.fromkeys(
     STEERS,
 ) | dict.fromkeys(
     (
-        *("learning_rate", "weight_decay", "adam_betas", "clip_grad_norm", "train_batch_size", "shuffle"),
+        *(
+            "learning_rate",
+            "weight_decay",
+            "adam_betas",
+            "clip_grad_norm",
+            "train_batch_size",
+            "accumulate_steps",
+            "shuffle",
+        ),
         *("hidden_dropout_prob", "attn_dropout_prob", "amp_dtype", "loss_dtype", "enable_amp", "enable_scaler"),
         *("num_negatives", "negative_sharing", "n_buckets", "bucket_size_x", "bucket_size_y"),
     ),

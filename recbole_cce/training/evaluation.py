@@ -18,9 +18,9 @@ from recbole.evaluator import metrics
 from torch import nn
 
 from recbole_cce.nn.history import History
+from recbole_cce.nn.item_table import PADDING, ItemTable
 from recbole_cce.nn.repeats import age_group
 
-PADDING = 0  # the item that stands where a list has ended
 PER_ROW = ("rec.items", "rec.topk", "rec.meanrank")  # what ranking metrics are computed from
 # Numbers of one tensor held at a time, 256 MiB in fp32: scores with eval_chunk_items: auto, and inner states of the
 # encoder. A few of them live at a time, so that 2 GiB are enough whatever the numbers of users and items.
@@ -31,52 +31,6 @@ class TopK(NamedTuple):
     """The best items of each user, in the place where RecBole passes a score matrix: items [users, k] int64."""
 
     items: torch.Tensor
-
-
-def chunked_topk(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    k: int,
-    chunk_items: int,
-    padding_idx: int = PADDING,
-    added: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact top-k items of each row of `hidden` by inner product, never holding more than one chunk of scores.
-
-    Args:
-        hidden: [users, D] user vectors.
-        weight: [V+1, D] item table; row `padding_idx` is no item.
-        k: number of items per user, at most V.
-        chunk_items: items scored at a time.
-        added: rows of `hidden` and of `weight` [P] each, different pairs, and what is added to their scores [P]; with
-            -inf they are left out. None adds nothing.
-
-    Returns:
-        [users, k] scores and [users, k] int64 row numbers of `weight`, best first; where fewer than k are left, -inf
-        and `padding_idx` come after them. Equal scores may come in any order, as with torch.topk. Scores are computed
-        in the dtype of the inputs.
-    """
-    best_scores = hidden.new_empty(hidden.size(0), 0)
-    best_items = torch.empty(hidden.size(0), 0, dtype=torch.int64, device=hidden.device)
-    starts = range(0, weight.size(0), chunk_items)
-    if added is not None:
-        added_items, order = added[1].sort()
-        added_users, addends = added[0][order], added[2][order]
-        bounds = torch.tensor([*starts, weight.size(0)], device=added_items.device)
-        bounds = torch.searchsorted(added_items, bounds).tolist()
-    for i, start in enumerate(starts):
-        scores = hidden @ weight[start : start + chunk_items].T
-        if start <= padding_idx < start + chunk_items:
-            scores[:, padding_idx - start] = -torch.inf
-        if added is not None:
-            pairs = slice(bounds[i], bounds[i + 1])
-            scores[added_users[pairs], added_items[pairs] - start] += addends[pairs]
-        scores, items = scores.topk(min(k, scores.size(1)), dim=1)
-        best_scores = torch.cat([best_scores, scores], dim=1)
-        best_items = torch.cat([best_items, items + start], dim=1)
-        best_scores, order = best_scores.topk(min(k, best_scores.size(1)), dim=1)
-        best_items = best_items.gather(1, order)
-    return best_scores, best_items.masked_fill_(best_scores == -torch.inf, padding_idx)
 
 
 def top_items(
@@ -98,13 +52,18 @@ def top_items(
         else:
             addends = model.repeat_bias[age_group(history.age)]
         added = tuple(part.to(hidden.device) for part in (history.row, history.item, addends))
-    return chunked_topk(
+    return table_of(model).best(
         hidden,
-        model.item_embedding.weight,
         k,
         auto_chunk_items(len(hidden)) if chunk_items == "auto" else chunk_items,
         added=None if history is None else added,
     )
+
+
+def table_of(model: nn.Module) -> ItemTable:
+    """The item table of a model, which may keep it as a plain embedding."""
+    embedding = model.item_embedding
+    return embedding if isinstance(embedding, ItemTable) else ItemTable.of(embedding)
 
 
 def user_vectors(model: nn.Module, rows: Interaction) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A step of a few thousand targets computes for less time than Python takes to launch its two to three hundred kernels.
 A graph replays them with the same shapes and addresses, so a batch is copied into fixed tensors: missing rows become
-rows of padding, and the model keeps its positions and targets in a fixed number of places.
+rows of padding, and what the model computes has room for a fixed number of positions and targets.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import nn
 
-from recbole_cce.nn.batch import Places
+from recbole_cce.nn.batch import Counts
+from recbole_cce.nn.losses.loss_sum import LossSum
 
 WARM_UP_STEPS = 3  # compile kernels, create handles and workspaces: nothing of that may happen in a capture
 
 
 class GraphedStep:
-    """`step(interaction)` -> loss, which leaves gradients in the model's parameters, captured and replayed.
+    """`step(interaction, counts)` -> its loss, which leaves gradients in the model's parameters, captured and replayed.
 
     The first WARM_UP_STEPS batches, and those that do not fit, go through `step` itself. Random numbers are those
     that `step` would draw. The gradients stay where they are from one replay to the next: no zero_grad() between.
 
     Args:
-        model: its `places` are set while `step` runs.
+        model: whose parameters get the gradients.
         step: clears the gradients, then forward and backward pass; reads nothing but `interaction`, waits for nothing.
         rows: of a full batch.
-        capacity: the most places that a batch may need.
+        capacity: the most that a batch may have.
     """
 
     def __init__(
-        self, model: nn.Module, step: Callable[[Interaction], torch.Tensor], rows: int, capacity: Places
+        self, model: nn.Module, step: Callable[[Interaction, Counts], LossSum], rows: int, capacity: Counts
     ) -> None:
         self.model = model
         self.parameters = list(model.parameters())  # to walk through the modules at each step takes long
@@ -43,17 +44,15 @@ class GraphedStep:
         self.stream = torch.cuda.Stream(self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batch: Interaction | None = None
-        self.loss: torch.Tensor | None = None
+        self.loss: LossSum | None = None
         self.gradients: list[torch.Tensor | None] = []
         self.warm_up_steps = WARM_UP_STEPS
 
-    def __call__(self, interaction: Interaction, places: Places) -> torch.Tensor:
+    def __call__(self, interaction: Interaction, counts: Counts) -> LossSum:
         """The loss of a batch on the CPU; the gradients are then in the parameters."""
-        if not self.fits(interaction, places):
-            self.model.places = places
-            return self.step(on_device(interaction, self.device))
+        if not self.fits(interaction, counts):
+            return self.step(on_device(interaction, self.device), counts)
         self.fill(interaction)
-        self.model.places = self.capacity
         if self.graph is None and self.warm_up_steps > 0:
             self.warm_up_steps -= 1
             return self.warm_up()
@@ -62,14 +61,14 @@ class GraphedStep:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         self.graph.replay()
-        return self.loss.clone()
+        return self.loss.copied()
 
-    def fits(self, interaction: Interaction, places: Places) -> bool:
+    def fits(self, interaction: Interaction, counts: Counts) -> bool:
         """Whether the fixed tensors hold the batch."""
         return (
             len(interaction) <= self.rows
-            and places.positions <= self.capacity.positions
-            and places.targets <= self.capacity.targets
+            and counts.positions <= self.capacity.positions
+            and counts.targets <= self.capacity.targets
         )
 
     def fill(self, interaction: Interaction) -> None:
@@ -86,12 +85,12 @@ class GraphedStep:
             fixed[: len(values)].copy_(values.pin_memory(), non_blocking=True)  # pinned, or it waits for the device
             fixed[len(values) :].zero_()
 
-    def warm_up(self) -> torch.Tensor:
+    def warm_up(self) -> LossSum:
         """A step of its own on the stream of the capture."""
         main = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            loss = self.step(self.batch)
+            loss = self.step(self.batch, self.capacity)
         main.wait_stream(self.stream)
         return loss
 
@@ -100,7 +99,7 @@ class GraphedStep:
         self.model.zero_grad()  # what the step would free is not of the graph's memory
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):
-            self.loss = self.step(self.batch)
+            self.loss = self.step(self.batch, self.capacity)
         # the capture sets the random seed on its stream; it must not come after the first replay's
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.gradients = [parameter.grad for parameter in self.parameters]

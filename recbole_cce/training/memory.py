@@ -1,6 +1,6 @@
 """Peak GPU memory of a training step, from running the real model without numbers.
 
-Tensors under torch's FakeTensorMode have shapes and dtypes but no memory. SASRecCCE's own calculate_loss() and backward
+Tensors under torch's FakeTensorMode have shapes and dtypes but no memory. The model's own loss_sum() and the backward
 pass run on them, in bf16 autocast as on a GPU, and every storage is counted while something holds it: activations kept
 for the backward pass, gradients, and what lives for a moment only. The losses in plain torch, CE and CE-, run likewise;
 those that compute in kernels are replaced by what they hold, see BUFFERS.
@@ -11,58 +11,32 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from recbole.config import Config
-from recbole.data.interaction import Interaction
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recbole_cce.data.dataset import TARGET_COUNT
-from recbole_cce.models.sasrec import SASRecCCE
-from recbole_cce.nn.batch import Places
+from recbole_cce.nn.batch import TRAINED_SHARE, Batch, Counts
+from recbole_cce.nn.item_table import PADDING, ItemTable
+from recbole_cce.nn.losses.loss_sum import LossSum
 from recbole_cce.nn.losses.registry import LOSSES
-from recbole_cce.ops.scalable_cross_entropy import AUTO_BUCKET_SIZE_Y, auto_size
-from recbole_cce.plugin import entry_points
+from recbole_cce.nn.losses.scalable import ITEMS_IN_BUCKET
+from recbole_cce.ops.scalable_cross_entropy import auto_size
+from recbole_cce.training.step_plan import StepPlan
 
 # in a backward pass that a mode watches, autograd makes a new tensor where it would write into the first argument
 IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.index_add.default, torch.ops.aten.index_put.default)
-KEPT = 12  # bytes a number of a parameter and Adam's two moments, all fp32
+# numbers that RecBole's optimizers keep for each one of a parameter; fp32 as it is
+MOMENTS = {"adam": 2, "adamw": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1}
 CUBLAS = 2**26  # workspaces of cuBLAS on an H100: 32 MiB for the forward, 32 for the backward pass
-
-
-# In the place of auto where there are no data: memory is the same with any dropout but 0, and any learning rate.
-WITHOUT_DATA = {"hidden_dropout_prob": 0.5, "learning_rate": 0.001, "loss_type": "CCE-"}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model: V `items`, rows of `length` positions, D = `hidden`; otherwise RecBole's SASRec."""
-
-    items: int
-    length: int
-    hidden: int
-    layers: int = 2
-    heads: int = 2
-    inner: int = 256
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """RecBole's keys."""
-        return {
-            "MAX_ITEM_LIST_LENGTH": self.length,
-            "hidden_size": self.hidden,
-            "n_layers": self.layers,
-            "n_heads": self.heads,
-            "inner_size": self.inner,
-        }
 
 
 @dataclass(frozen=True)
@@ -103,28 +77,30 @@ class Buffers:
     direction: bool = False
 
 
-def full_buffers(n: int, k: int, shape: Shape) -> Buffers:
+def full_buffers(n: int, items: int, config: Mapping[str, Any]) -> Buffers:
     """CCE: hidden states and table in 16 bits; log-sum-exp, slope, order and target of each position."""
-    return Buffers(kept=2 * shape.hidden * (n + shape.items + 1) + 20 * n, keeps_hidden=False, direction=True)
+    return Buffers(kept=2 * config["hidden_size"] * (n + items + 1) + 20 * n, keeps_hidden=False, direction=True)
 
 
-def sampled_buffers(n: int, k: int, shape: Shape) -> Buffers:
+def sampled_buffers(n: int, items: int, config: Mapping[str, Any]) -> Buffers:
     """CCE-, BCE, gBCE: log-sum-exp, slope and target of each position."""
     return Buffers(kept=16 * n, direction=True)
 
 
-def bucket_buffers(n: int, k: int, shape: Shape) -> Buffers:
+def bucket_buffers(n: int, items: int, config: Mapping[str, Any]) -> Buffers:
     """SCE: keys of the selection, 64 MiB at most; the table in 16 bits, if buckets take as many rows; the buckets'
-    positions and items; loss, own logit, best bucket and target of each position; the positions that won in each
+    positions and items; loss, target logit, best bucket and target of each position; the positions that won in each
     bucket."""
-    buckets, size_x, size_y = auto_size(n), min(auto_size(n), n), min(AUTO_BUCKET_SIZE_Y, shape.items)
+    buckets, size_x = (auto_size(n) if config[key] == "auto" else config[key] for key in ("n_buckets", "bucket_size_x"))
+    size_y = ITEMS_IN_BUCKET if config["bucket_size_y"] == "auto" else config["bucket_size_y"]
+    size_x, size_y = min(size_x, n), min(size_y, items)
     keys = min(8 * buckets * max(4096, 4 * size_x, 4 * size_y), 2**26)
-    table = 2 * shape.hidden * (shape.items + 1) if buckets * size_y > shape.items else 0
+    table = 2 * config["hidden_size"] * (items + 1) if buckets * size_y > items else 0
     positions = 4 * buckets * size_x
     return Buffers(forward=keys, kept=table + positions + 4 * buckets * size_y + 24 * n, backward=positions)
 
 
-BUFFERS: dict[str, Callable[[int, int, Shape], Buffers]] = {
+BUFFERS: dict[str, Callable[[int, int, Mapping[str, Any]], Buffers]] = {
     "CCE": full_buffers,
     "CCE-": sampled_buffers,
     "SCE": bucket_buffers,
@@ -209,9 +185,9 @@ class StandIn(nn.Module):
         super().__init__()
         self.buffers = buffers
 
-    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """As of a losses.Loss."""
-        return Hold.apply(hidden, weight, self.buffers)
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:
+        """As of a Loss."""
+        return LossSum(Hold.apply(hidden, weight, self.buffers), (target != 0).sum())
 
 
 class Hold(torch.autograd.Function):
@@ -238,61 +214,84 @@ class Hold(torch.autograd.Function):
 
 
 class DryRun:
-    """Training steps of SASRecCCE: full rows, one GPU, launched kernel by kernel, not compiled, defaults otherwise.
+    """Training steps of a model of this package, on one GPU, launched kernel by kernel, not compiled.
 
     Args:
-        shape: of the model.
+        config: of a run, in which nothing is left to be chosen (`auto`) that changes memory.
+        model_class: the model's; one is made for the configuration, without numbers.
+        items: V.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        self.config = entry_points.configuration("SASRecCCE", "none", [], {**shape.settings, **WITHOUT_DATA})
+    def __init__(self, config: Config, model_class: type[nn.Module], items: int) -> None:
+        self.config, self.items = config, items
         self.fake = FakeTensorMode()
-        self.model = SASRecCCE(self.config, catalogue(self.config, 1))
+        self.model = model_class(config, catalogue(config, 1))
         for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(self.fake.from_tensor(parameter)))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, self.fake.from_tensor(buffer))
         with self.fake:
-            self.model.item_embedding = nn.Embedding(shape.items + 1, shape.hidden, padding_idx=0)
+            self.model.item_embedding = ItemTable(items + 1, config["hidden_size"], padding_idx=PADDING)
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.forward = functools.partial(fused_dropout, module.p)
         self.numbers = sum(parameter.numel() for parameter in self.model.parameters())
+        self.kept = 4 * (1 + MOMENTS.get(str(config["learner"]).lower(), 2)) * self.numbers
 
-    def memory(self, loss_type: str, rows: int, num_negatives: int) -> Memory:
-        """Memory of a step of so many rows."""
-        model, n, live = self.model, rows * self.shape.length, LiveBytes()
-        shape = self.shape
-        widest = max(shape.items + 1, shape.inner, shape.heads * shape.length, num_negatives * shape.hidden)
-        if 8 * n * widest >= 2**62:  # more than torch counts, and than any memory
-            return Memory(KEPT * self.numbers, 2**62, 0)
+    def memory(self, plan: StepPlan, **settings: Any) -> Memory:
+        """Memory of a step; `settings` are keys of the loss that differ from the configuration's.
+
+        Packed positions are counted as so many in full rows.
+        """
+        config = {**self.config.final_config_dict, **settings}
+        model, live, length = self.model, LiveBytes(), plan.length
+        rows = -(-plan.positions // length)
+        n = min(plan.counts.targets, rows * length)
+        attended = config["n_heads"] * length
+        widest = max(self.items + 1, config["inner_size"], attended, config["num_negatives"] * config["hidden_size"])
+        if 8 * rows * length * widest >= 2**62:  # more than torch counts, and than any memory
+            return Memory(self.kept, 2**62, 0)
+        loss_type = config["loss_type"]
         if loss_type in BUFFERS:
-            model.loss = StandIn(BUFFERS[loss_type](n, num_negatives, self.shape))
+            seen = rows * length if n >= TRAINED_SHARE * rows * length else n
+            model.loss = StandIn(BUFFERS[loss_type](seen, self.items, config))
         else:
-            config = {**self.config.final_config_dict, "num_negatives": num_negatives}
             model.loss = LOSSES[loss_type](config, torch.empty(0))
         model.loss.register_forward_pre_hook(live.enter_loss)
         model.loss.register_forward_hook(live.leave_loss)
-        model.places = Places(n, n)
         model.zero_grad()
         with self.fake, live:
-            batch = Interaction(
-                {
-                    model.ITEM_SEQ: torch.empty(rows, self.shape.length, dtype=torch.int64),
-                    **{
-                        field: torch.empty(rows, dtype=torch.int64)
-                        for field in (model.ITEM_SEQ_LEN, model.POS_ITEM_ID, TARGET_COUNT)
-                    },
-                }
-            )
+            column = [torch.empty(rows, dtype=torch.int64) for _ in range(3)]
+            batch = Batch(torch.empty(rows, length, dtype=torch.int64), *column, Counts(rows * length, n))
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model.calculate_loss(batch)
+                loss = model.loss_sum(batch).mean
             live.part, live.gradient = "loss", model.item_embedding.weight.shape
             loss.backward()
         peak = live.at_peak
-        return Memory(KEPT * self.numbers + peak["gradient"], CUBLAS + peak["encoder"], peak["loss"])
+        return Memory(self.kept + peak["gradient"], CUBLAS + peak["encoder"], peak["loss"])
+
+
+def largest(peak: Callable[[int], int], budget: int, most: int) -> int:
+    """The largest number from 1 to `most` with peak(number) <= budget; 1 where none is.
+
+    Memory grows with what a step has along a few straight lines: where one crosses the budget is tried first.
+    """
+    fits, does_not = 1, most
+    at_fits, at_does_not = peak(fits), peak(does_not)
+    if at_fits > budget:
+        return fits
+    if at_does_not <= budget:
+        return does_not
+    while does_not - fits > 1:
+        number = fits + (budget - at_fits) * (does_not - fits) // (at_does_not - at_fits)
+        number = min(max(number, fits + 1), does_not - 1)
+        at_number = peak(number)
+        if at_number <= budget:
+            fits, at_fits = number, at_number
+        else:
+            does_not, at_does_not = number, at_number
+    return fits
 
 
 def catalogue(config: Config, items: int) -> SimpleNamespace:

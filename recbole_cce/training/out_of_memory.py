@@ -2,64 +2,85 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
+from recbole.config import Config
 from torch import nn
 
-from recbole_cce.nn.batch import Places
-from recbole_cce.nn.packing import packs
+from recbole_cce.nn.batch import Counts
+from recbole_cce.training.memory import DryRun, largest
+from recbole_cce.training.step_plan import StepPlan
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 GIB = 2**30
 USABLE = 0.9  # of the memory: the rest is lost to other processes, the CUDA context and between the blocks
 
 
-def training_advice(config: Mapping[str, Any], model: nn.Module, places: Places, peak: int, total: int) -> str:
+def training_advice(
+    config: Config, model_class: type[nn.Module], items: int, plan: StepPlan, peak: int, total: int
+) -> str:
     """Which keys to lower, and to what, after a training step ran out of memory.
 
-    The step needs `peak` bytes or more: it did not end. So its parts are also estimated, bytes a position and bytes a
-    target, and the larger number counts.
+    What the step would have taken is predicted as the command `plan` does. The step needs `peak` bytes or more, as it
+    did not end: where that is more than predicted, what grows with the batch is taken to be as much larger.
 
     Args:
         config: the run's configuration.
-        model: with `n_items`; its parameters, their gradients and Adam's two moments are what no key below changes.
-        places: of the step.
+        model_class, items: the model's class, one of this package, and V.
+        plan: of the step.
         peak: bytes that were allocated, with the request that failed.
         total: bytes of the device.
     """
-    batch, length = config["train_batch_size"], config["MAX_ITEM_LIST_LENGTH"]
-    padded = batch * length
-    positions = places.positions if packs(config["attention"], places.positions, padded) else padded
-    columns, loss_type = config["hidden_size"], config["loss_type"]
-    fixed = 16 * sum(parameter.numel() for parameter in model.parameters())
-    # hidden states, inner states and masks that the backward pass reads
-    layers = positions * config["n_layers"] * (40 * columns + 8 * config["inner_size"])
-    if config["attention"] == "recbole":
-        layers += config["n_layers"] * 20 * batch * config["n_heads"] * length**2
-    # logits and their gradients; negatives' vectors and theirs
-    head = {
-        "CE": 10 * places.targets * model.n_items,
-        "CE-": 8 * places.targets * (config["num_negatives"] or 0) * columns,
-    }.get(loss_type, 0)
-    needed = max(peak - fixed, layers + head)
-    share = (USABLE * total - fixed) / needed
-    if share <= 0.01:
+    budget = USABLE * total
+    dry_run = DryRun(config, model_class, items)
+    predicted, least = dry_run.memory(plan), dry_run.memory(replace(plan, rows=1, counts=of_rows(plan, 1))).peak
+    if least > budget:
         return (
-            f"the item table, its gradient and the optimizer's moments take {fixed / GIB:.1f} GiB, "
-            f"{total / GIB:.1f} are there: lower hidden_size: {columns}, or leave out rare items with "
+            f"the item table, its gradient and the optimizer's moments take {predicted.parameters / GIB:.1f} GiB, "
+            f"{total / GIB:.1f} are there: lower hidden_size: {config['hidden_size']}, or leave out rare items with "
             "item_inter_num_interval"
         )
-    keys = {"train_batch_size": batch, "MAX_ITEM_LIST_LENGTH": length}
-    if head > layers and loss_type == "CE-":
-        keys = {"num_negatives": config["num_negatives"], **keys}
-    if loss_type == "SCE":
-        keys |= {key: config[key] for key in ("n_buckets", "bucket_size_x", "bucket_size_y") if config[key] != "auto"}
-    text = lowered(keys, share, fixed + needed, total)
-    return f"{text}, or use loss_type: CCE, which keeps no logits" if loss_type == "CE" else text
+    growing = max(predicted.peak - least, 1)
+    scale = max(1.0, (peak - least) / growing)  # of what grows with the batch
+    affordable = int(least + (budget - least) / scale)
+
+    def rows(number: int) -> int:
+        return dry_run.memory(replace(plan, rows=number, counts=of_rows(plan, number))).peak
+
+    def length(number: int) -> int:
+        shorter = replace(plan, length=number, counts=of_share(plan, number / plan.length))
+        return dry_run.memory(shorter).peak
+
+    keys = {"train_batch_size": (plan.rows, rows), "MAX_ITEM_LIST_LENGTH": (plan.length, length)}
+    if predicted.loss > predicted.encoder:  # what the loss holds may be made smaller, too
+        for key in KEYS_OF_LOSS.get(config["loss_type"], ()):
+            if config[key] != "auto":
+                keys[key] = config[key], lambda number, key=key: dry_run.memory(plan, **{key: number}).peak
+    found = {key: (value, largest(cost, affordable, value)) for key, (value, cost) in keys.items() if value > 1}
+    if scale > 1:  # what ran out at its first step may need more than it had asked for
+        found = {key: (value, min(number, value // 2)) for key, (value, number) in found.items()}
+    text = lowered(found, max(peak, predicted.peak), total)
+    return f"{text}, or use loss_type: CCE, which keeps no logits" if config["loss_type"] == "CE" else text
+
+
+# keys of a loss that its memory grows with
+KEYS_OF_LOSS = {"CE-": ("num_negatives",), "SCE": ("n_buckets", "bucket_size_x", "bucket_size_y")}
+
+
+def of_rows(plan: StepPlan, rows: int) -> Counts:
+    """The counts of a plan with other rows."""
+    return of_share(plan, rows / plan.rows)
+
+
+def of_share(plan: StepPlan, share: float) -> Counts:
+    """The counts of a plan of which a share is left."""
+    return Counts(*(max(1, math.ceil(share * number)) for number in plan.counts[:2]), fixed=True)
 
 
 def evaluation_advice(
@@ -74,13 +95,14 @@ def evaluation_advice(
     keys = {"eval_batch_size": config["eval_batch_size"]}
     if not needs_scores:
         keys["eval_chunk_items"] = chunk_items
-    return lowered(keys, max(0.01, (USABLE * total - fixed) / needed), fixed + needed, total)
+    share = min(0.5, max(0.01, (USABLE * total - fixed) / needed))
+    found = {key: (value, max(1, int(value * share))) for key, value in keys.items() if value > 1}
+    return lowered(found, fixed + needed, total)
 
 
-def lowered(keys: Mapping[str, int], share: float, needed: int, total: int) -> str:
-    """Each key at its share, or at half: what ran out at its first step may need more than it had asked for."""
-    share = min(share, 0.5)
-    options = [f"{key} from {value} to {max(1, int(value * share))}" for key, value in keys.items() if value > 1]
+def lowered(keys: Mapping[str, tuple[int, int]], needed: int, total: int) -> str:
+    """Each key with its value and a smaller one, either of which would do."""
+    options = [f"{key} from {value} to {number}" for key, (value, number) in keys.items()]
     return f"{needed / GIB:.1f} GiB or more are needed, {total / GIB:.1f} are there: lower {', or '.join(options)}"
 
 

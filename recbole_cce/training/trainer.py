@@ -24,22 +24,17 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
 from recbole_cce.data.dataset import RESIDENT_SHARE, ROW_NUMBER, LeanSequentialDataset
+from recbole_cce.distributed import reductions
 from recbole_cce.errors import UserError
 from recbole_cce.nn import repeats
-from recbole_cce.nn.batch import Places
-from recbole_cce.nn.packing import packs
-from recbole_cce.ops.backend import triton_unavailable
+from recbole_cce.nn.batch import Counts
+from recbole_cce.nn.losses.loss_sum import LossSum
 from recbole_cce.plugin.repairs import checkpoint_state, share_file_name
 from recbole_cce.training import checkpoint, interrupts, out_of_memory
+from recbole_cce.training.batch_model import BatchModel
 from recbole_cce.training.evaluation import TopK, auto_chunk_items, top_items, user_vectors
 from recbole_cce.training.graph import GraphedStep, on_device
-
-# of cuda_graph: auto; a larger step computes for longer than Python takes to launch it
-MAX_GRAPHED_POSITIONS = 2**18
-
-# of compile_encoder: auto, on an H100; saved per number of a layer's hidden states
-SECONDS_SAVED = 1e-10
-SECONDS_TO_COMPILE = 20
+from recbole_cce.training.step_plan import StepPlan
 
 # of checkpoint_interval: auto; at most this much of the time of a run
 SHARE_OF_SAVING = 0.05
@@ -53,8 +48,9 @@ class EfficientTrainer(Trainer):
     (`cuda_graph`), torch.compile of the encoder (`compile_encoder`), checkpoints from which a run goes on exactly, full
     ranking in chunks of `eval_chunk_items`, metrics over the users of all processes.
 
-    Of a model it needs, besides what RecBole's does: `loss`, one of losses.LOSSES, `item_embedding`, and `forward` of
-    lists and lengths that gives vectors whose inner products with `item_embedding` are the scores.
+    Of a model it needs, besides what RecBole's does: `loss`, one of LOSSES, `loss_sum` and `batch` of a BatchModel,
+    `item_embedding`, and `forward` of lists and lengths that gives vectors whose inner products with `item_embedding`
+    are the scores.
     """
 
     def __init__(self, config: Config, model: nn.Module) -> None:
@@ -74,9 +70,11 @@ class EfficientTrainer(Trainer):
         )
         self.distributed = not config["single_spec"]
         if self.distributed:
-            # the only buffers are the losses' own, equal everywhere: no need to send them about at every step
-            self.distributed_model.broadcast_buffers = False
-        self.prepared_for: tuple[Any, Callable] | None = None  # loader and loss that the next four belong to
+            # it has made the processes begin with the same parameters; what it would do to gradients is done here
+            del self.distributed_model
+        self.accumulate_steps: int = config["accumulate_steps"] or 1
+        self.prepared_for: tuple[Any, Callable] | None = None  # loader and loss that the next five belong to
+        self.plan: StepPlan | None = None
         self.graphed_step: GraphedStep | None = None
         self.n_targets = 0
         self.resident: LeanSequentialDataset | None = None  # makes batches on the GPU
@@ -121,7 +119,6 @@ class EfficientTrainer(Trainer):
         """
         self._save_last()  # the epoch before: only now its validation is over
         self.model.train()
-        loss_func = loss_func or self.model.calculate_loss
         if self.distributed and train_data.shuffle:
             train_data.sampler.set_epoch(epoch_idx)
         self._prepare(train_data, loss_func)
@@ -132,30 +129,30 @@ class EfficientTrainer(Trainer):
             desc=set_color(f"Train {epoch_idx:>5}", "pink"),
             disable=not show_progress,
         )
-        self.model.compiled = self._wants_compile(train_data)
-        losses = []
-        for interaction in progress:
-            places = self._places(train_data, interaction)
+        losses, remaining = [], iter(progress)
+        while batches := list(islice(remaining, self.accumulate_steps)):
+            counts = [self._counts(train_data, interaction) for interaction in batches]
             try:
-                losses.append(self._step(interaction, places, loss_func))
+                losses.append(self._step(batches, counts, loss_func))
             except torch.OutOfMemoryError as error:
                 memory = out_of_memory.usage(error, self.device)
-                advice = out_of_memory.training_advice(self.config, self.model, places, *memory)
+                model = type(self.model), self.model.n_items - 1
+                advice = out_of_memory.training_advice(self.config, *model, self.plan, *memory)
                 raise torch.OutOfMemoryError(f"{error}\nOut of memory in training: {advice}") from error
             if self.gpu_available and show_progress:
                 progress.set_postfix_str(set_color("GPU RAM: " + get_gpu_usage(self.device), "yellow"), refresh=False)
-        losses = torch.stack(losses).double().cpu()
-        if losses.isnan().any():
-            step = int(losses.isnan().nonzero()[0])
-            raise UserError(f"training loss is nan in epoch {epoch_idx}, first at step {step} of {len(losses)}")
-        for name, value in self.model.loss.statistics().items():
+        means, statistics = reductions.epoch_of(losses, self.distributed)
+        if means.isnan().any():
+            step = int(means.isnan().nonzero()[0])
+            raise UserError(f"training loss is nan in epoch {epoch_idx}, first at step {step} of {len(means)}")
+        for name, value in statistics.items():
             self.logger.info(
                 set_color(f"epoch {epoch_idx} {self.model.loss_type}", "green")
                 + f" [{set_color(name, 'blue')}: {value:.4f}]"
             )
             self.tensorboard.add_scalar(f"Loss/{name}", value, epoch_idx)
         self.trained_epoch, self.at_risk = epoch_idx, self.saves
-        return losses.sum().item()
+        return means.sum().item()
 
     def _generate_train_loss_output(self, epoch_idx: int, s_time: float, e_time: float, losses: float) -> str:
         """RecBole's line with the speed over all processes and, on a GPU, the memory allocated at most so far."""
@@ -170,17 +167,26 @@ class EfficientTrainer(Trainer):
         return line[:-1] + extra + "]"
 
     def _step(
-        self, interaction: Interaction, places: Places, loss_func: Callable[[Interaction], torch.Tensor]
-    ) -> torch.Tensor:
-        """One step of the optimizer; the loss of its batch, which is on the CPU, on the device."""
-        try:
-            if self.graphed_step:
-                loss = self.graphed_step(interaction, places)
-            else:
-                self.model.places = places
-                loss = self._forward_backward(loss_func, on_device(interaction, self.device))
-        finally:
-            self.model.places = None
+        self,
+        batches: list[Interaction],
+        counts: list[Counts],
+        loss_func: Callable[[Interaction], torch.Tensor] | None = None,
+    ) -> LossSum:
+        """One step of the optimizer on all `batches` together, which are on the CPU; their loss, on the device.
+
+        The gradient is that of the mean over the positions of all of them, and of all processes: as if they were one
+        batch. A loss that knows only afterwards how many positions it counts (`counts_targets`) is divided by the
+        number of targets first.
+        """
+        if self.graphed_step:
+            loss = self.graphed_step(batches[0], counts[0])
+        elif len(batches) == 1:
+            self.optimizer.zero_grad()
+            loss = self._forward_backward(loss_func, on_device(batches[0], self.device), counts[0])
+        else:
+            loss = self._accumulate(batches, counts, loss_func)
+        if self.distributed:
+            reductions.sum_gradients(self.model.parameters())
         if self.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
@@ -188,29 +194,71 @@ class EfficientTrainer(Trainer):
         self.scaler.update()
         return loss
 
-    def _forward_backward(
-        self, loss_func: Callable[[Interaction], torch.Tensor], interaction: Interaction
-    ) -> torch.Tensor:
-        """The loss of a batch on the device, its gradients in the parameters."""
+    def _accumulate(
+        self,
+        batches: list[Interaction],
+        counts: list[Counts],
+        loss_func: Callable[[Interaction], torch.Tensor] | None,
+    ) -> LossSum:
+        """The same of several batches: the gradients of one after another are added up."""
         self.optimizer.zero_grad()
+        targets = torch.full((), sum(count.targets for count in counts), device=self.device)
+        total = reductions.sum_over_processes(targets, self.distributed)
+        parts = [
+            self._forward_backward(loss_func, on_device(interaction, self.device), count, total)
+            for interaction, count in zip(batches, counts, strict=True)
+        ]
+        loss = LossSum.total(parts)
+        if self._has_sums(loss_func) and not self.model.loss.counts_targets:
+            counted = reductions.sum_over_processes(loss.count, self.distributed)
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, total / counted.clamp(min=1))
+        return loss
+
+    def _forward_backward(
+        self,
+        loss_func: Callable[[Interaction], torch.Tensor] | None,
+        interaction: Interaction,
+        counts: Counts,
+        total: torch.Tensor | None = None,
+    ) -> LossSum:
+        """The loss of a batch on the device; its gradients, divided by `total`, are added to the parameters'.
+
+        Args:
+            total: positions that the step's mean is over; None: those of this batch, in all processes.
+        """
         if ROW_NUMBER in interaction:
             interaction = self.resident.batch(interaction[ROW_NUMBER])
-        if self.distributed:
-            self.set_reduce_hook()
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype != torch.float32):
-            loss = loss_func(interaction)
-        with_hook = loss + self.sync_grad_loss() if self.distributed else loss
-        self.scaler.scale(with_hook).backward()
-        return loss.detach()
+            loss = self._loss_sum(loss_func, interaction, counts)
+        if total is None:
+            total = reductions.sum_over_processes(loss.count, self.distributed)
+        self.scaler.scale(loss.over(total)).backward()
+        return loss.detached()
 
-    def _prepare(self, train_data: Any, loss_func: Callable[[Interaction], torch.Tensor]) -> None:
+    def _loss_sum(
+        self, loss_func: Callable[[Interaction], torch.Tensor] | None, interaction: Interaction, counts: Counts
+    ) -> LossSum:
+        """What the model says of a batch; a function of RecBole's kind gives the mean over its targets."""
+        if self._has_sums(loss_func):
+            return self.model.loss_sum(self.model.batch(interaction, counts), self.plan.packed, self.plan.compiled)
+        mean = (loss_func or self.model.calculate_loss)(interaction)
+        return LossSum(mean, torch.full((), counts.targets, device=self.device))
+
+    def _has_sums(self, loss_func: Callable[[Interaction], torch.Tensor] | None) -> bool:
+        """Whether steps take a BatchModel's loss_sum(): where nobody gave another calculate_loss()."""
+        function = getattr(self.model.calculate_loss, "__func__", None)
+        return loss_func is None and function is BatchModel.calculate_loss
+
+    def _prepare(self, train_data: Any, loss_func: Callable[[Interaction], torch.Tensor] | None) -> None:
         """Decide how steps are made, where the loader or the loss are not those of the epoch before."""
         if self.prepared_for == (train_data, loss_func):
             return
         self.prepared_for = self.graphed_step = None  # a graph reads the table that is freed next
         self._make_resident(train_data)
-        if self._wants_graph(train_data):
-            self.graphed_step = self._make_graphed_step(train_data, loss_func)
+        self.plan = StepPlan.made(self.config, self.model.loss, train_data, self.device, self.distributed)
+        if self.plan.captured:
+            self.graphed_step = self._make_graphed_step(loss_func)
         self.prepared_for = train_data, loss_func
 
     def _make_resident(self, train_data: Any) -> None:
@@ -236,65 +284,18 @@ class EfficientTrainer(Trainer):
         rows = (np.fromiter(islice(order, train_data.batch_size), dtype=np.int64) for _ in count())
         return (Interaction({ROW_NUMBER: torch.from_numpy(some) + 1}) for some in takewhile(len, rows))
 
-    def _places(self, train_data: Any, interaction: Interaction) -> Places:
-        """How many positions and targets a batch on the CPU has."""
+    def _counts(self, train_data: Any, interaction: Interaction) -> Counts:
+        """Of a batch on the CPU."""
         if ROW_NUMBER in interaction:
-            return Places(*self.sizes[:, interaction[ROW_NUMBER] - 1].sum(1).tolist())
-        return train_data.dataset.places(interaction)
+            return Counts(*self.sizes[:, interaction[ROW_NUMBER] - 1].sum(1).tolist())
+        return train_data.dataset.counts(interaction)
 
-    def _wants_compile(self, train_data: Any) -> bool:
-        """What `compile_encoder` means here.
+    def _make_graphed_step(self, loss_func: Callable[[Interaction], torch.Tensor] | None) -> GraphedStep:
+        def step(interaction: Interaction, counts: Counts) -> LossSum:
+            self.optimizer.zero_grad()
+            return self._forward_backward(loss_func, interaction, counts)
 
-        Compiled, each position of a step is read and written less often; the more positions all steps have, the more
-        that saves. RecBole stops early, so that of the epochs asked for a tenth is expected.
-
-        Raises:
-            UserError: it is True with RecBole's own layers.
-        """
-        wanted, attention = self.config["compile_encoder"], self.config["attention"]
-        if wanted is True and attention == "recbole":
-            raise UserError("compile_encoder: True is not valid with attention: recbole; it takes auto or False there")
-        if wanted != "auto":
-            return wanted is True
-        if attention == "recbole" or self.device.type != "cuda" or triton_unavailable(self.device) is not None:
-            return False
-        positions = len(train_data.dataset) * self.config["MAX_ITEM_LIST_LENGTH"]
-        if self.sizes is not None:
-            real = int(self.sizes[0].sum())
-            positions = real if packs(attention, real, positions) else positions
-        numbers = positions * self.config["hidden_size"] * self.config["n_layers"] * self.epochs / 10
-        return numbers * SECONDS_SAVED > SECONDS_TO_COMPILE
-
-    def _wants_graph(self, train_data: Any) -> bool:
-        """What `cuda_graph` means here.
-
-        Raises:
-            UserError: it is True where a step cannot be captured.
-        """
-        wanted = self.config["cuda_graph"]
-        obstacles = {
-            f"on {self.device.type}": self.device.type != "cuda",
-            "with several processes": self.distributed,
-            f"with loss_type: {self.config['loss_type']}": not self.model.loss.capturable,
-        }
-        for obstacle, present in obstacles.items():
-            if present and wanted is True:
-                raise UserError(f"cuda_graph: True is not valid {obstacle}; it takes auto or False there")
-        if wanted is False or any(obstacles.values()):
-            return False
-        rows = min(train_data.batch_size, len(train_data.dataset))
-        padded, positions = rows * self.config["MAX_ITEM_LIST_LENGTH"], train_data.dataset.capacity(rows).positions
-        positions = positions if packs(self.config["attention"], positions, padded) else padded
-        return wanted is True or (wanted == "auto" and positions <= MAX_GRAPHED_POSITIONS)
-
-    def _make_graphed_step(self, train_data: Any, loss_func: Callable[[Interaction], torch.Tensor]) -> GraphedStep:
-        rows = min(train_data.batch_size, len(train_data.dataset))
-        return GraphedStep(
-            self.model,
-            lambda interaction: self._forward_backward(loss_func, interaction),
-            rows,
-            train_data.dataset.capacity(rows),
-        )
+        return GraphedStep(self.model, step, self.plan.rows, self.plan.counts)
 
     def fit(
         self,

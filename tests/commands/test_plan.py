@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from recbole_cce import cli
-from recbole_cce.commands.plan import most_negatives, most_rows, steps
+from recbole_cce.commands.plan import Shape, most_negatives, steps
 from recbole_cce.models.sasrec import SASRecCCE, encoded
 from recbole_cce.nn.losses.registry import LOSSES
-from recbole_cce.training.memory import BUFFERS, CUBLAS, DryRun, LiveBytes, Shape, catalogue
+from recbole_cce.training.memory import BUFFERS, CUBLAS, DryRun, LiveBytes, Memory, catalogue, largest
 from recbole_cce.training.out_of_memory import GIB, USABLE
+from recbole_cce.training.step_plan import StepPlan
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = Shape(items=500, length=10, hidden=16, layers=1, inner=32)
@@ -26,11 +27,16 @@ SMALL = Shape(items=500, length=10, hidden=16, layers=1, inner=32)
 
 @functools.cache
 def dry_run(shape: Shape = SMALL) -> DryRun:
-    return DryRun(shape)
+    return shape.dry_run()
+
+
+def memory(loss_type: str, rows: int, negatives: int, shape: Shape = SMALL) -> Memory:
+    plan = StepPlan.full(rows, shape.length)
+    return dry_run(shape).memory(plan, loss_type=loss_type, num_negatives=negatives)
 
 
 def peak(loss_type: str, rows: int = 400, negatives: int = 32, shape: Shape = SMALL) -> int:
-    return dry_run(shape).memory(loss_type, rows, negatives).peak
+    return memory(loss_type, rows, negatives, shape).peak
 
 
 # The prediction
@@ -69,19 +75,19 @@ def test_activations_are_those_that_autograd_saves_in_the_real_encoder():
     shape = Shape(items=500, length=23, hidden=64)
     real = kept_by_the_encoder(shape, 3) / (3 * shape.length)
     # CE's worst moment is before the encoder's backward pass: its activations, 49 bytes of indices a position
-    more, less = (dry_run(shape).memory("CE", rows, 1).encoder for rows in (140, 100))
+    more, less = (memory("CE", rows, 1, shape).encoder for rows in (140, 100))
     assert (more - less) / (40 * shape.length) - 49 == pytest.approx(real, rel=0.03)
 
 
 def test_bytes_a_position_from_a_tiny_batch_hold_for_a_larger_one():
     shape = Shape(items=500, length=23, hidden=64)
     assert kept_by_the_encoder(shape, 24) == pytest.approx(8 * kept_by_the_encoder(shape, 3), rel=0.01)
-    small, double, large = (dry_run(shape).memory("CE", rows, 1).encoder for rows in (100, 200, 1600))
+    small, double, large = (memory("CE", rows, 1, shape).encoder for rows in (100, 200, 1600))
     assert large - small == pytest.approx(15 * (double - small), rel=0.01)
 
 
 def test_a_large_table_takes_16_bytes_a_number_and_its_logits_12_bytes_each():
-    table = dry_run(Shape(10**6, 10, 16)).memory("CCE-", 1, 1)
+    table = memory("CCE-", 1, 1, Shape(10**6, 10, 16))
     assert table.parameters == pytest.approx(16 * 16 * 10**6, rel=0.01)
     assert table.encoder - CUBLAS + table.loss < 2**20
     logits = [peak("CE", 400, shape=Shape(items, 10, 16)) for items in (10_000, 20_000)]
@@ -150,11 +156,11 @@ def test_negatives_take_none_where_they_are_not(loss_type):
 
 def test_parts_add_up():
     for loss_type in LOSSES:
-        memory = dry_run().memory(loss_type, 400, 32)
-        assert memory.peak == memory.parameters + memory.encoder + memory.loss
-        assert memory.parameters >= 12 * dry_run().numbers
-        assert memory.encoder > CUBLAS
-        assert memory.loss >= 0
+        found = memory(loss_type, 400, 32)
+        assert found.peak == found.parameters + found.encoder + found.loss
+        assert found.parameters >= 12 * dry_run().numbers
+        assert found.encoder > CUBLAS
+        assert found.loss >= 0
 
 
 # Buffers of the losses that are not run
@@ -181,32 +187,33 @@ def test_buffers_are_what_the_kernels_of_full_and_sampled_losses_return():
             _, *kept, direction = sampled_cross_entropy.forward(hidden, weight, target, seed, *options)
             assert direction.shape == hidden.shape
             sampled[name] = sum(tensor.nbytes for tensor in (*kept, target))
-    assert BUFFERS["CCE"](n, 64, shape).kept == pytest.approx(full, rel=0.01)
+    assert BUFFERS["CCE"](n, shape.items, {"hidden_size": 64}).kept == pytest.approx(full, rel=0.01)
     for name, held in sampled.items():
-        assert BUFFERS[name](n, 64, shape).kept == pytest.approx(held, rel=0.01)
+        assert BUFFERS[name](n, shape.items, {}).kept == pytest.approx(held, rel=0.01)
 
 
-@pytest.mark.parametrize("items", [3000, 100_000])
+@pytest.mark.parametrize("items", [3000, 1_000_000])
 def test_buffers_of_sce_are_what_its_kernel_returns(items):
     """The table is copied where buckets take as many rows as it has."""
     pytest.importorskip("triton")
     from recbole_cce.ops.triton import scalable_cross_entropy
     from recbole_cce.ops.triton.selection import top_rows
 
-    n, shape = 4096, Shape(items=items, length=8, hidden=64)
+    n, auto = 4096, {"n_buckets": "auto", "bucket_size_x": "auto", "bucket_size_y": "auto"}
+    config = {"hidden_size": 64, **auto}
     with FakeTensorMode():
         hidden, weight, target = torch.empty(n, 64), torch.empty(items + 1, 64), torch.empty(n, dtype=torch.int64)
         copy = weight.bfloat16() if items == 3000 else weight
         directions = torch.empty(int(2 * n**0.5), 64, dtype=torch.bfloat16)
         positions = top_rows(directions, hidden, target, int(2 * n**0.5), 0)
-        chosen = top_rows(directions, weight, None, 256, 0)
+        chosen = top_rows(directions, weight, None, 1024, 0)
         loss, _, own, best, peak = scalable_cross_entropy.forward(
             hidden, weight, copy, target, positions, chosen, 0, torch.bfloat16
         )
         kept = sum(tensor.nbytes for tensor in (positions, chosen, loss, own, best, peak, target))
         kept += copy.nbytes if copy is not weight else 0
-    assert BUFFERS["SCE"](n, 64, shape).kept == kept
-    assert BUFFERS["SCE"](n, 64, shape).backward == positions.nbytes
+    assert BUFFERS["SCE"](n, items, config).kept == kept
+    assert BUFFERS["SCE"](n, items, config).backward == positions.nbytes
 
 
 # The proposal
@@ -226,7 +233,7 @@ def test_there_is_one_for_every_loss(proposals):
 def test_it_is_the_largest_that_fits(proposals):
     budget, found = proposals
     for step in found:
-        assert step.memory == dry_run().memory(step.loss_type, step.rows, step.negatives or 1)
+        assert step.memory == memory(step.loss_type, step.rows, step.negatives or 1)
         assert step.memory.peak <= budget < peak(step.loss_type, step.rows + 1, step.negatives or 1), step.loss_type
 
 
@@ -256,15 +263,15 @@ def test_no_more_negatives_than_items_or_than_the_key_takes():
 
 
 @pytest.mark.parametrize("answer", [1, 2, 777, 2**20 - 1])
-def test_most_rows_along_bent_lines(answer):
+def test_largest_along_bent_lines(answer):
     """A line that bends up below the answer, one that bends down above it."""
 
     def cost(rows: int) -> int:
         return max(1000 + rows, 50 * rows) + min(7 * rows, 10**6)
 
     tried = []
-    assert most_rows(lambda rows: tried.append(rows) or cost(rows), cost(answer)) == answer
-    assert most_rows(cost, cost(1) - 1) == 1  # it does not fit
+    assert largest(lambda rows: tried.append(rows) or cost(rows), cost(answer), 2**20) == answer
+    assert largest(cost, cost(1) - 1, 2**20) == 1  # it does not fit
     assert len(tried) < 40
 
 
@@ -292,8 +299,8 @@ def test_it_prints_a_table_and_flags(command):
     rows = re.findall(r"^\| (\S+) +\|(.*)\|$", out, re.MULTILINE)
     assert [name for name, _ in rows[2:]] == list(LOSSES)
     cells = {name: [cell.strip() for cell in line.split("|")] for name, line in rows[2:]}
-    memory = dry_run().memory("CE-", 400, 32)
-    sizes = [memory.peak, memory.parameters, memory.encoder, memory.loss]
+    found = memory("CE-", 400, 32)
+    sizes = [found.peak, found.parameters, found.encoder, found.loss]
     assert cells["CE-"] == ["400", "32", *(f"{size / GIB:.2f}" for size in sizes), ""]
     assert cells["CCE"][:2] == ["400", ""]
     assert "--loss_type=CCE- --train_batch_size=400 --num_negatives=32 --MAX_ITEM_LIST_LENGTH=10 " in out

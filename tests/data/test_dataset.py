@@ -353,15 +353,15 @@ def test_data_larger_than_their_share_of_the_gpu_stay(tiny_config, monkeypatch):
     assert train.on_device(torch.device("cuda")) is None
 
 
-def test_places(tiny_config):
+def test_counts(tiny_config):
     """What a batch needs, counted in it."""
     for train_targets in ("all", "last"):
         config = Config("SASRecCCE", "tiny", config_dict={**tiny_config, "train_targets": train_targets})
         train, *_ = data_preparation(config, create_dataset(config))
         for batch in train:
-            places = train.dataset.places(batch)
-            assert places.positions == (batch["item_id_list"] != 0).sum()
-            assert places.targets == (batch["target_count"].sum() if train_targets == "all" else len(batch))
+            counts = train.dataset.counts(batch)
+            assert counts.positions == (batch["item_id_list"] != 0).sum()
+            assert counts.targets == (batch["target_count"].sum() if train_targets == "all" else len(batch))
 
 
 # Bad input

@@ -20,6 +20,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from recbole_cce.commands import recommend
+from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.ops import negatives
 from recbole_cce.plugin import entry_points
 from recbole_cce.training import checkpoint
@@ -113,7 +114,6 @@ def whole_run(rank, settings, found):
     def fit_and_keep(self, *args, **kwargs):
         result = fit(self, *args, **kwargs)
         found["weights"] = {name: value.clone() for name, value in self.model.state_dict().items()}
-        found["sends buffers"] = self.distributed_model.will_sync_module_buffers()
         found["file"] = str(self.saved_model_file)
         return result
 
@@ -199,7 +199,37 @@ def mean_ranks(rank, settings, found):
     found["result"] = run.trainer.evaluate(run.test, load_best_model=False)
 
 
-JOBS = [whole_run, whole_batches, resumed_run, killed_run, seeded, mean_ranks]
+# rows of 7 and of 1 target; one draw of negatives for all positions, one bucket that holds everything
+UNEVEN = EXACT | {
+    "train_targets": "all",
+    "epochs": 1,
+    "negative_sharing": "batch",
+    "n_buckets": 1,
+    "bucket_size_x": 64,
+    "bucket_size_y": 64,
+}
+
+
+def steps_of(settings, **more):
+    """Weights after the steps of one epoch, in which each batch begins with the same random numbers."""
+    run = experiment("SASRecCCE", {**settings, **UNEVEN, **more}, "uneven")
+    forward_backward = run.trainer._forward_backward
+
+    def seeded_step(*args):
+        torch.manual_seed(0)
+        return forward_backward(*args)
+
+    run.trainer._forward_backward = seeded_step
+    loss = run.trainer._train_epoch(run.train, 0)
+    return weights(run) | {"loss": torch.tensor(loss)}
+
+
+def uneven(rank, settings, found):
+    for loss_type in LOSSES:
+        found[loss_type] = steps_of(settings, loss_type=loss_type)
+
+
+JOBS = [uneven, whole_run, whole_batches, resumed_run, killed_run, seeded, mean_ranks]
 
 
 def process(rank, folder, data, ports):
@@ -228,7 +258,7 @@ def data(tmp_path_factory):
     """data_path of `odd`, with 41 users to test, and `even`, with 8 users of 4 training rows each."""
     rng = np.random.default_rng(5)
     folder = tmp_path_factory.mktemp("data")
-    for name, lengths in (("odd", rng.integers(4, 13, 41)), ("even", [7] * 8)):
+    for name, lengths in (("odd", rng.integers(4, 13, 41)), ("even", [7] * 8), ("uneven", [10, 4])):
         rows = [(f"u{u}", f"i{rng.integers(30)}", step) for u, length in enumerate(lengths) for step in range(length)]
         write_inter(folder, name, HEADER, rows)
     return str(folder)
@@ -249,6 +279,19 @@ def alone(data, dataset, **settings):
     return experiment("SASRecCCE", {**SETTINGS, "data_path": data, "gpu_id": "", **settings}, dataset)
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_step_is_that_of_one_process_with_all_rows(found, data, loss_type):
+    """7 targets on one process, 1 on the other; and one after another on one process."""
+    settings = {**SETTINGS, "data_path": data, "gpu_id": ""}
+    expected = steps_of(settings, loss_type=loss_type)
+    apart = steps_of(settings, loss_type=loss_type, train_batch_size=1)
+    assert any((apart[name] - value).abs().max() > 1e-3 for name, value in expected.items())
+    accumulated = steps_of(settings, loss_type=loss_type, train_batch_size=1, accumulate_steps=2)
+    for other in (*(process[loss_type] for process in found["uneven"]), accumulated):
+        for name, value in expected.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def assert_same(one, two):
     for name in one:
         assert torch.equal(one[name], two[name]), name
@@ -257,7 +300,6 @@ def assert_same(one, two):
 def test_processes_end_with_the_same_weights(found):
     one, two = found["whole_run"]
     assert_same(one["weights"], two["weights"])
-    assert not one["sends buffers"]
 
 
 def test_metrics_are_those_of_one_process(found, data):

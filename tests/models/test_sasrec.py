@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from recbole_cce.models import sasrec
 from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE, fingerprint
-from recbole_cce.nn.batch import Places, next_items
+from recbole_cce.nn import item_table
+from recbole_cce.nn.batch import Batch, Counts, states_at
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.nn.losses.sampled import CCEMinus
 from recbole_cce.nn.losses.scalable import SCE
@@ -159,7 +160,7 @@ def test_original_architecture(pair, attention, factor):
     expected = []
     for row, length in enumerate(lengths.tolist()):
         expected.append(original_sasrec(ours, items[row, :length], lambda states: factor * states))
-        at = sasrec.rows_at(hidden, where, torch.full((length,), row), torch.arange(length))
+        at = states_at(hidden, where, torch.full((length,), row), torch.arange(length))
         torch.testing.assert_close(at, expected[-1])
     (gradient,) = torch.autograd.grad(hidden.sum() * 0 + at.sin().sum(), ours.position_embedding.weight)
     step = 1e-6 * torch.randn_like(gradient)
@@ -259,7 +260,8 @@ def test_next_items(left_over):
         ([2, 1, 1, 0, 2], [[0, 0, 8, 1], [0, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0], [0, 5, 4, 0]]),
     ):
         expected = torch.tensor(expected)
-        row, position, target = next_items(items, lengths, last, torch.tensor(count), sum(count) + left_over)
+        counts = Counts(int(lengths.sum()), sum(count) + left_over)
+        row, position, target = Batch(items, lengths, last, torch.tensor(count), counts).targets()
         assert torch.equal(torch.stack([row, position])[:, : sum(count)], expected.nonzero().T)
         assert target.tolist() == [*expected[expected != 0].tolist(), *[0] * left_over]
         assert len(row) == len(position) == sum(count) + left_over
@@ -308,7 +310,7 @@ def test_gradients_of_lookup_and_loss_are_one():
     gradients = []
     for lookup in (
         lambda leaf: (F.embedding(items, leaf, padding_idx=0), leaf),
-        lambda leaf: sasrec.Lookup.apply(leaf, items),
+        lambda leaf: item_table.Lookup.apply(leaf, items),
     ):
         for uses_table in (True, False):
             leaf = weight.clone().requires_grad_()
@@ -345,17 +347,16 @@ def test_compiled_steps_are_equal_and_compiled_once(pair, monkeypatch, backend, 
     whole = batch(ours.n_items, 8)
     for rows in (whole, whole[3:], whole[[0, 5]], whole[:6]):
         results = []
-        for ours.compiled in (False, True):
+        for compiled in (False, True):
             ours.zero_grad()
-            ours.places = Places(int(rows["item_length"].sum()), int(rows["target_count"].sum()))
-            loss = ours.calculate_loss(rows)
+            loss = ours.loss_sum(ours.batch(rows), packed=attention == "packed", compiled=compiled).mean
             loss.backward()
             results.append([loss.detach(), *(parameter.grad for parameter in ours.parameters())])
         for eager, compiled in zip(*results, strict=True):
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
     assert compiler.frame_count == 1
     with torch.no_grad():  # evaluation is not compiled
-        ours.calculate_loss(whole), ours.eval().full_sort_predict(whole)
+        ours.eval().full_sort_predict(whole)
     assert compiler.frame_count == 1
     assert list(ours.state_dict()) == names
     assert list(copy.deepcopy(ours).state_dict()) == names == list(pickle.loads(pickle.dumps(ours)).state_dict())

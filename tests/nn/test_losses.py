@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from recbole_cce.distributed.reductions import epoch_of
+from recbole_cce.nn.losses.loss_sum import LossSum
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.ops import negatives
 from recbole_cce.ops.reference import scalable_cross_entropy as scalable
@@ -62,7 +64,7 @@ def log_q(drawn, popularity, alpha=1.0):
 def assert_equals(module, truth):
     """Loss and both gradients of a module after torch.manual_seed(7) equal those of the mean of `truth`, [N] losses."""
     results = []
-    for function in (module, lambda h, t, w: truth(h, t, w)[t != 0].mean()):
+    for function in (lambda *inputs: module(*inputs).mean, lambda h, t, w: truth(h, t, w)[t != 0].mean()):
         hidden, target, weight = problem()
         torch.manual_seed(7)
         loss = function(hidden, target, weight)
@@ -128,23 +130,21 @@ def test_scalable(mix_x, sizes):
     module = make("SCE", mix_x=mix_x, **settings)
     torch.manual_seed(7)
     loss = module(hidden, target, weight)
-    loss.backward()
-    for mine, exact in zip((loss.detach(), hidden.grad, weight.grad), truth, strict=True):
+    loss.mean.backward()
+    for mine, exact in zip((loss.mean.detach(), hidden.grad, weight.grad), truth, strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-12)
-    assert module.statistics() == {"coverage": covered.sum().item() / len(rows)}
+    assert loss.count == covered.sum()
+    assert loss.statistics == {"coverage": (covered.sum(), len(rows))}
 
 
-def test_coverage_is_that_of_all_batches_since_it_was_read():
+def test_coverage_is_that_of_all_batches_of_an_epoch():
     """Five and then all of 19 positions; one more is ignored."""
     hidden, target = torch.randn(20, D), torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(1, 20)])
     weight = torch.randn(V + 1, D)
-    module = make("SCE", n_buckets=1, bucket_size_x=5)
-    module(hidden, target, weight)
-    module.bucket_size_x = 20
-    module(hidden, target, weight)
-    assert module.statistics() == {"coverage": (5 + 19) / (19 + 19)}
-    module(hidden, target, weight)
-    assert module.statistics() == {"coverage": 1}
+    steps = [make("SCE", n_buckets=1, bucket_size_x=size)(hidden, target, weight) for size in (5, 20)]
+    means, statistics = epoch_of(steps, several=False)
+    assert statistics == {"coverage": (5 + 19) / (19 + 19)}
+    assert means.tolist() == pytest.approx([step.mean.item() for step in steps])
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -157,10 +157,11 @@ def test_all_positions_count_equally(loss_type):
     losses = []
     for rows in (slice(None), valid):
         torch.manual_seed(0)
-        losses.append(make(loss_type, **settings)(hidden[rows], target[rows], weight))
+        losses.append(make(loss_type, **settings)(hidden[rows], target[rows], weight).mean)
     torch.testing.assert_close(*losses)
     torch.manual_seed(0)
-    assert make(loss_type, **settings)(hidden[~valid], target[~valid], weight) == 0
+    nothing = make(loss_type, **settings)(hidden[~valid], target[~valid], weight)
+    assert nothing.mean == nothing.count == 0
 
 
 @pytest.mark.parametrize("loss_type", ["CCE-", "CE-", "SCE", "BCE", "gBCE"])
@@ -169,9 +170,9 @@ def test_random_numbers_follow_torch(loss_type):
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        losses.append(module(*problem()).item())
+        losses.append(module(*problem()).mean.item())
     assert losses[0] == losses[1] != losses[2]
-    assert module(*problem()) != module(*problem())
+    assert module(*problem()).mean != module(*problem()).mean
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -179,7 +180,7 @@ def test_random_numbers_follow_torch(loss_type):
 def test_nan_stays_nan(loss_type, where):
     hidden, target, weight = (tensor.detach() for tensor in problem(torch.float32))
     (hidden if where == "hidden" else weight)[:] = math.nan
-    assert make(loss_type)(hidden, target, weight).isnan()
+    assert make(loss_type)(hidden, target, weight).mean.isnan()
 
 
 # Precision
@@ -189,7 +190,7 @@ HALVES = ["bfloat16", "float16"]
 
 def value(loss_type, hidden, target, weight, **settings):
     torch.manual_seed(0)
-    return make(loss_type, **settings)(hidden, target, weight)
+    return make(loss_type, **settings)(hidden, target, weight).mean
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -231,7 +232,7 @@ def test_ce_is_torch_cross_entropy():
     hidden, target, weight = problem()
     logits = (hidden @ weight.T).index_fill(1, torch.tensor([0]), -math.inf)
     exact = F.cross_entropy(logits[target != 0], target[target != 0])
-    torch.testing.assert_close(make("CE")(hidden, target, weight), exact)
+    torch.testing.assert_close(make("CE")(hidden, target, weight).mean, exact)
 
 
 @pytest.mark.parametrize("loss_type", ["CCE", "CCE-", "SCE", "BCE", "gBCE"])
@@ -250,7 +251,7 @@ def test_ignored_rows_hold_anything(loss_type):
             with torch.no_grad():
                 hidden[target == 0], weight[0] = filled, filled
         torch.manual_seed(3)
-        loss = make(loss_type)(hidden, target, weight)
+        loss = make(loss_type)(hidden, target, weight).mean
         return loss, *torch.autograd.grad(loss, (hidden, weight))
 
     expected = gradients(None)
@@ -258,3 +259,46 @@ def test_ignored_rows_hold_anything(loss_type):
     for filled in (torch.nan, torch.inf):
         for found, right in zip(gradients(filled), expected, strict=True):
             torch.testing.assert_close(found, right, rtol=0, atol=0)
+
+
+# Sums
+
+
+@pytest.mark.parametrize("loss_type", ["CE", "CCE", "CE-", "CCE-", "BCE", "gBCE"])
+def test_sums_of_parts_are_the_sum_of_all(loss_type):
+    """7 and 1 targets: each part over the number of both has the gradients of both in one batch."""
+    settings = {"negative_sharing": "batch", "num_negatives": K}
+    hidden, target, weight = problem()
+    target = torch.where(target == 0, 1, target)[:8]
+    one = slice(7), slice(7, 8)
+
+    def gradients(parts):
+        table = weight.detach().requires_grad_()
+        states = hidden.detach()[:8].requires_grad_()
+        total = torch.tensor(8)
+        for part in parts:
+            torch.manual_seed(0)  # one draw of negatives for all
+            make(loss_type, **settings)(states[part], target[part], table).over(total).backward()
+        return states.grad, table.grad
+
+    for mine, exact in zip(gradients(one), gradients([slice(8)]), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sum_over_its_own_count_is_its_mean():
+    """To the last bit, whatever the count: 1 / 49 * 49 is not 1 in fp32."""
+    for count in range(1, 200):
+        loss = LossSum(torch.rand(()), torch.tensor(count))
+        assert loss.over(loss.count) == loss.mean
+    assert LossSum(torch.tensor(0.0), torch.tensor(0)).over(torch.tensor(0)) == 0
+
+
+def test_total_of_sums():
+    parts = [
+        LossSum(torch.tensor(2.0, requires_grad=True), torch.tensor(7), {"share": (torch.tensor(1), torch.tensor(7))}),
+        LossSum(torch.tensor(4.0), torch.tensor(1), {"share": (torch.tensor(1), torch.tensor(1))}),
+    ]
+    total = LossSum.total(parts)
+    assert (total.mean, total.count, total.sum) == (18 / 8, 8, 18)
+    assert total.statistics == {"share": (2, 8)}
+    assert not total.mean.requires_grad

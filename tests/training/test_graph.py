@@ -9,10 +9,10 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import init_seed
 
-from recbole_cce.nn.batch import Places
+from recbole_cce.nn.batch import Counts
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.nn.packing import packs
-from recbole_cce.training import graph, trainer
+from recbole_cce.training import graph, step_plan, trainer
 from tests.build import experiment
 from tests.conftest import write_inter
 from tests.training.test_trainer import assert_same, fit, state
@@ -37,19 +37,18 @@ def test_a_batch_of_fixed_size_has_the_same_loss_and_gradients(tiny_config, trai
     run = experiment("SASRecCCE", {**tiny_config, **EXACT, "train_targets": train_targets, "attention": attention})
     run.model.double().eval()
     batch = next(iter(run.train))
-    exact = run.train.dataset.places(batch)
+    exact = run.train.dataset.counts(batch)
     assert exact.positions <= 110 and exact.targets <= 99
     assert packs("auto", 110, padded=8 * (len(batch) + 30)) and not packs("auto", exact.positions, 8 * len(batch))
     results = []
-    for places, interaction in (
+    for counts, interaction in (
         (None, batch),
         (exact, batch),
-        (Places(110, 99), padded(batch, len(batch) + 30)),
-        (Places(360, 200), padded(batch, len(batch) + 30)),
+        (Counts(110, 99), padded(batch, len(batch) + 30)),
+        (Counts(360, 200), padded(batch, len(batch) + 30)),
     ):
-        run.model.places = places
         run.model.zero_grad()
-        loss = run.model.calculate_loss(interaction)
+        loss = run.model.loss_sum(run.model.batch(interaction, counts), packed=attention != "sdpa").mean
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in run.model.parameters())])
     for other in results[1:]:
@@ -62,10 +61,10 @@ def test_capacity(tiny_config, train_targets):
     """No random batch needs more places, and they are not many more than the largest of them needs."""
     train = experiment("SASRecCCE", {**tiny_config, "train_batch_size": 8, "train_targets": train_targets}).train
     data = train.dataset
-    needed = [data.places(batch) for _ in range(200) for batch in train if len(batch) == 8]
+    needed = [data.counts(batch) for _ in range(200) for batch in train if len(batch) == 8]
     for counts, capacity in zip(list(zip(*needed, strict=True))[:2], data.capacity(8)[:2], strict=True):
         assert max(counts) <= capacity <= 1.5 * max(counts)
-    every = [data.places(batch) for batch in train]
+    every = [data.counts(batch) for batch in train]
     assert data.capacity(len(data)) == (*map(sum, list(zip(*every, strict=True))[:2]), True)
 
 
@@ -86,7 +85,7 @@ def test_where_a_step_cannot_be_captured(tiny_config):
 )
 def test_where_auto_captures_nothing(tiny_config, settings, monkeypatch):
     monkeypatch.setattr(LOSSES["SCE"], "capturable", False)  # as a loss that waits for the device would be
-    monkeypatch.setattr(trainer, "MAX_GRAPHED_POSITIONS", 16 * 8)
+    monkeypatch.setattr(step_plan, "MAX_GRAPHED_POSITIONS", 16 * 8)
     fit(captured := experiment("SASRecCCE", {**tiny_config, **GPU}))
     assert captured.trainer.graphed_step is not None
     run = experiment("SASRecCCE", {**tiny_config, **GPU, **settings})
@@ -134,9 +133,9 @@ class Recording:
     def __init__(self, trainer, model, step, rows, capacity):
         self.trainer, self.model, self.step, self.resident = trainer, model, step, trainer.resident
 
-    def __call__(self, interaction, places):
-        self.trainer.resident, self.model.places = self.resident, places
-        return self.step(interaction)
+    def __call__(self, interaction, counts):
+        self.trainer.resident = self.resident
+        return self.step(interaction, counts)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -152,7 +151,7 @@ def test_a_second_fit_trains_the_data_it_is_given(tiny_config, tiny, monkeypatch
         run = experiment("SASRecCCE", {**settings, "cuda_graph": captured})
         other = experiment("SASRecCCE", {**settings, "train_batch_size": 24}, "backwards").train
         if captured and device == "cpu":
-            monkeypatch.setattr(run.trainer, "_wants_graph", lambda data: True)
+            monkeypatch.setattr(step_plan, "captures", lambda *_: True)
             make_resident = run.trainer._make_resident
 
             def make_resident_on_the_cpu(data):
@@ -181,8 +180,8 @@ def test_random_numbers_are_those_of_the_uncaptured_step(tiny_config, monkeypatc
     settings |= {"epochs": 4, "learning_rate": 0.01}
     run, losses, random_state = trained(settings, captured=True)
     batch = next(iter(run.trainer._batches(run.train)))
-    places = run.trainer._places(run.train, batch)
-    losses_again = {run.trainer.graphed_step(batch, places).item() for _ in range(3)}
+    counts = run.trainer._counts(run.train, batch)
+    losses_again = {run.trainer.graphed_step(batch, counts).mean.item() for _ in range(3)}
     assert len(losses_again) == 3, "the same random numbers again"
     monkeypatch.setattr(graph, "WARM_UP_STEPS", 10**6)
     _, expected, expected_random_state = trained(settings, captured=False)
@@ -195,9 +194,9 @@ def test_a_batch_that_does_not_fit_is_trained_uncaptured(tiny_config, monkeypatc
     settings = {**tiny_config, **GPU, **EXACT, "epochs": 6, "learning_rate": 0.01}
     _, expected, _ = trained({**settings, "cuda_graph": False}, captured=False)
     run = experiment("SASRecCCE", settings)
-    needed = [run.train.dataset.places(batch) for batch in run.train]
+    needed = [run.train.dataset.counts(batch) for batch in run.train]
     positions, targets, _ = zip(*needed, strict=True)
-    middle = Places(*((min(counts) + max(counts)) // 2 for counts in (positions, targets)), fixed=True)
+    middle = Counts(*((min(counts) + max(counts)) // 2 for counts in (positions, targets)), fixed=True)
     monkeypatch.setattr(type(run.train.dataset), "capacity", lambda *_: middle)
     _, losses, _ = trained(settings, captured=True)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)

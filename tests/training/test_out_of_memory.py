@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from recbole_cce.nn.batch import Places
+from recbole_cce.commands.plan import WITHOUT_DATA, Shape
+from recbole_cce.models.sasrec import SASRecCCE
+from recbole_cce.nn.batch import Counts
+from recbole_cce.plugin import entry_points
 from recbole_cce.training import out_of_memory
+from recbole_cce.training.out_of_memory import USABLE
+from recbole_cce.training.step_plan import StepPlan
 from tests.build import experiment
 from tests.training.test_trainer import fit
 
@@ -42,7 +48,6 @@ def test_a_training_step(tiny_config, gpu, monkeypatch):
     text = str(error.value)
     assert text.startswith(MESSAGE) and "in training: 2.5 GiB or more are needed, 2.0 are there" in text
     assert lowered(text) == {"train_batch_size": (16, 8), "MAX_ITEM_LIST_LENGTH": (8, 4)}
-    assert run.model.places is None
 
 
 def test_an_evaluation(tiny_config, gpu, monkeypatch):
@@ -66,43 +71,26 @@ def test_on_a_cpu(tiny_config, monkeypatch):
     assert list(lowered(str(error.value))) == ["train_batch_size", "MAX_ITEM_LIST_LENGTH"]
 
 
-class Model(torch.nn.Module):
-    def __init__(self, n_items, columns):
-        super().__init__()
-        self.n_items = n_items
-        self.item_embedding = torch.nn.Embedding(n_items, columns, device="meta")
+def settings_of(items=100_000, **settings):
+    shape = Shape(items, 200, 128, inner=512)
+    return entry_points.configuration(
+        "SASRecCCE", "none", [], {**shape.settings, **WITHOUT_DATA, "train_batch_size": 1024, **settings}
+    )
 
 
-CONFIG = {
-    "train_batch_size": 1024,
-    "MAX_ITEM_LIST_LENGTH": 200,
-    "attention": "sdpa",
-    "hidden_size": 128,
-    "inner_size": 512,
-    "n_layers": 2,
-    "n_heads": 2,
-    "loss_type": "CCE-",
-    "num_negatives": 2048,
-    "n_buckets": 800,
-    "bucket_size_x": "auto",
-    "bucket_size_y": 256,
-}
-
-
-MANY = Places(200_000, 200_000)
-
-
-def advice(peak=81 * GIB, places=MANY, n_items=100_000, **settings):
-    config = {**CONFIG, **settings}
-    return out_of_memory.training_advice(config, Model(n_items, config["hidden_size"]), places, peak, 80 * GIB)
+def advice(peak=81 * GIB, real=None, items=100_000, total=80 * GIB, **settings):
+    """For a step of 1,024 x 200 positions, D = 128; packed, so many of them are real."""
+    plan = StepPlan.full(1024, 200)
+    if real is not None:
+        plan = replace(plan, counts=Counts(real, real, fixed=True), packed=True)
+    return out_of_memory.training_advice(settings_of(items, **settings), SASRecCCE, items, plan, peak, total)
 
 
 @pytest.mark.parametrize(
     ("settings", "keys"),
     [
         ({}, ["train_batch_size", "MAX_ITEM_LIST_LENGTH"]),
-        ({"loss_type": "CE-"}, ["num_negatives", "train_batch_size", "MAX_ITEM_LIST_LENGTH"]),
-        ({"loss_type": "SCE"}, ["train_batch_size", "MAX_ITEM_LIST_LENGTH", "n_buckets", "bucket_size_y"]),
+        ({"loss_type": "CE-"}, ["train_batch_size", "MAX_ITEM_LIST_LENGTH", "num_negatives"]),
     ],
     ids=str,
 )
@@ -110,21 +98,49 @@ def test_keys_that_matter(settings, keys):
     assert list(lowered(advice(**settings))) == keys
 
 
+@pytest.mark.parametrize("loss_type", ["CE", "CE-", "CCE-"])
+def test_what_is_proposed_fits_as_planned(loss_type):
+    """By the prediction of `plan` for a step with the proposal in place: it fits, and a larger one does not."""
+    total = {"CE": 40, "CE-": 40, "CCE-": 2}[loss_type] * GIB
+    found = lowered(advice(0, total=total, loss_type=loss_type, num_negatives=256))
+    shape = Shape(100_000, 200, 128, inner=512)
+    rows, length = (found[key][1] for key in ("train_batch_size", "MAX_ITEM_LIST_LENGTH"))
+    fixed = {"loss_type": loss_type, "num_negatives": 256}
+
+    def peak(rows, length, **settings):
+        config = {**fixed, **settings}
+        return replace(shape, length=length).dry_run().memory(StepPlan.full(rows, length), **config).peak
+
+    assert peak(rows, 200) <= USABLE * total < peak(rows + 1, 200)
+    assert peak(1024, length) <= 1.01 * USABLE * total and 0.99 * USABLE * total < peak(1024, length + 1)
+    if loss_type == "CE-":
+        negatives = found["num_negatives"][1]
+        assert peak(1024, 200, num_negatives=negatives) <= USABLE * total
+        assert USABLE * total < peak(1024, 200, num_negatives=negatives + 1)
+
+
+def test_what_was_needed_is_what_plan_predicts():
+    shape = Shape(100_000, 200, 128, inner=512)
+    predicted = shape.dry_run().memory(StepPlan.full(1024, 200), loss_type="CE").peak / GIB
+    assert f"{predicted:.1f} GiB or more are needed, 80.0 are there" in advice(0, loss_type="CE")
+
+
 def test_logits_of_all_items():
-    """1,024 x 200 positions and 1.6 million items: 10 bytes a logit are 3.3 TB, of which 2% fit."""
-    text = advice(n_items=1_600_000, loss_type="CE")
+    text = advice(0, items=1_600_000, loss_type="CE")
     assert text.endswith("or use loss_type: CCE, which keeps no logits")
     assert 15 < lowered(text)["train_batch_size"][1] < 25
 
 
 def test_packed_batches_count_real_positions_alone():
-    few = Places(1000, 1000)
-    assert lowered(advice(100 * GIB, few, loss_type="CE-", attention="packed"))["num_negatives"][1] == 1024
-    assert "num_negatives" not in advice(100 * GIB, few, loss_type="CE-", attention="sdpa")
+    """Vectors of negatives for all positions are too many, for one in 200 of them they are not."""
+    settings = {"loss_type": "CE-", "num_negatives": 2048}
+    assert lowered(advice(0, **settings))["num_negatives"][1] < 350
+    text = advice(100 * GIB, real=1024, **settings)
+    assert lowered(text)["num_negatives"] == (2048, 1024)  # half: more was needed than is predicted
 
 
 def test_a_table_that_leaves_no_room():
-    text = advice(n_items=60_000_000)
+    text = advice(items=60_000_000)
     assert text.startswith("the item table, its gradient and the optimizer's moments take 114.4 GiB, 80.0 are there")
     assert "lower hidden_size: 128" in text and not lowered(text)
 

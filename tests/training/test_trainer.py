@@ -313,7 +313,8 @@ def test_resident_data_give_the_same_batches_in_the_same_order(tiny_config, monk
 def test_where_the_encoder_is_compiled(tiny_config):
     for wanted, attention, expected in ((True, "auto", True), (False, "auto", False), ("auto", "auto", False)):
         run = experiment("SASRecCCE", {**tiny_config, "compile_encoder": wanted, "attention": attention})
-        assert run.trainer._wants_compile(run.train) == expected
+        run.trainer._prepare(run.train, None)
+        assert run.trainer.plan.compiled == expected
     run = experiment("SASRecCCE", {**tiny_config, "compile_encoder": True, "attention": "recbole"})
     with pytest.raises(ValueError, match="compile_encoder: True is not valid with attention: recbole; it takes auto"):
         fit(run)
@@ -324,7 +325,8 @@ def test_auto_compiles_what_is_trained_for_long(tiny_config):
     settings = {**tiny_config, "use_gpu": True, "gpu_id": "0"}
     for epochs, attention, expected in ((2, "auto", False), (10**9, "auto", True), (10**9, "recbole", False)):
         run = experiment("SASRecCCE", {**settings, "epochs": epochs, "attention": attention})
-        assert run.trainer._wants_compile(run.train) == expected
+        run.trainer._prepare(run.train, None)
+        assert run.trainer.plan.compiled == expected
 
 
 @pytest.mark.cuda
@@ -359,8 +361,8 @@ def test_no_step_waits_for_the_gpu(tiny_config, monkeypatch, resident, settings)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for interaction in run.trainer._batches(run.train):
-                places = run.trainer._places(run.train, interaction)
-                run.trainer._step(interaction, places, run.model.calculate_loss)
+                counts = run.trainer._counts(run.train, interaction)
+                run.trainer._step([interaction], [counts])
         finally:
             torch.cuda.set_sync_debug_mode("default")
         captured = run.trainer.graphed_step is not None and run.trainer.graphed_step.graph is not None
@@ -450,21 +452,22 @@ def test_adam_betas_without_adam(tiny_config):
 def test_logs(tiny_config, caplog):
     """Lines of RecBole's form, SCE's coverage, and the same numbers in TensorBoard."""
     run = experiment("SASRecSCE", {**tiny_config, "n_buckets": 2, "bucket_size_x": 10})
-    calculate_loss, losses, covered = run.model.calculate_loss, [], []
+    loss_sum, losses, covered = run.model.loss_sum, [], []
 
-    def loss(interaction):
-        value = calculate_loss(interaction)
-        losses.append(value.item())
-        covered.append(run.model.loss.seen.tolist())
+    def loss(*arguments):
+        value = loss_sum(*arguments)
+        losses.append(value.mean.item())
+        covered.append([number.item() for number in value.statistics["coverage"]])
         return value
 
-    run.model.calculate_loss = loss
+    run.model.loss_sum = loss
     with caplog.at_level("INFO"):
         fit(run)
     text = re.sub(r"\x1b\[[0-9;]*m", "", caplog.text)
     steps = len(run.train)
     totals = [sum(losses[:steps]), sum(losses[steps:])]
-    coverages = [covered[steps - 1][0] / covered[steps - 1][1], covered[-1][0] / covered[-1][1]]
+    parts = [torch.tensor(part).sum(0).tolist() for part in (covered[:steps], covered[steps:])]
+    coverages = [above / below for above, below in parts]
     for epoch, (total, coverage) in enumerate(zip(totals, coverages, strict=True)):
         assert 0 < coverage < 1
         line = rf"epoch {epoch} training \[time: (.*)s, train loss: {total:.4f}, targets/s: (\d+)\]"

@@ -1,5 +1,5 @@
-"""The training losses, one nn.Module per `loss_type`: forward(hidden [N, D], target [N], weight [V+1, D]) -> scalar.
+"""The training losses, one nn.Module per `loss_type`: forward(hidden [N, D], target [N], weight [V+1, D]) -> LossSum.
 
-Each returns the mean over the rows whose target is not the padding item 0. CE and CE- hold all their logits, in plain
+ CE and CE- hold all their logits, in plain
 torch; the others call an op, which `loss_backend` concerns.
 """

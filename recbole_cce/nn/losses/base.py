@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from recbole_cce.nn.losses.loss_sum import LossSum
+
 
 class Loss(nn.Module):
     """Base of all losses. `config`: the keys of recbole_cce/plugin/keys.py. `counts` [V]: how often each real item is
@@ -17,9 +19,11 @@ class Loss(nn.Module):
 
     Attributes:
         capturable: whether a CUDA graph can hold it: no size depends on values, nothing waits for the device.
+        counts_targets: whether its count is the number of targets, known before it is computed.
     """
 
     capturable = True
+    counts_targets = True
 
     def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
         super().__init__()
@@ -35,9 +39,13 @@ class Loss(nn.Module):
             return torch.autocast(device.type, enabled=False)
         return torch.autocast(device.type, dtype=getattr(torch, self.dtype))
 
-    def statistics(self) -> dict[str, float]:
-        """Numbers about the epoch that just ended, for the log. Reading them waits for the device."""
-        return {}
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:
+        """The loss of [N, D] hidden states with [N] targets over an item table [V+1, D].
+
+        Positions whose target is the padding item 0 count for nothing: what their hidden states hold reaches neither
+        the loss nor a gradient.
+        """
+        raise NotImplementedError
 
 
 def of_targets(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from recbole_cce import ops
+from recbole_cce.nn.losses.loss_sum import LossSum
 from recbole_cce.nn.losses.sampled import SampledLoss
 from recbole_cce.ops.sampled_binary_cross_entropy import gbce_beta
 
@@ -17,9 +18,9 @@ class BCE(SampledLoss):
 
     positive_weight = 1.0
 
-    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:
         with self.precision(hidden.device):
-            return ops.sampled_binary_cross_entropy(
+            mean = ops.sampled_binary_cross_entropy(
                 hidden,
                 weight,
                 target,
@@ -29,6 +30,7 @@ class BCE(SampledLoss):
                 sharing=self.sharing,
                 backend=self.backend,
             )
+        return LossSum(mean, (target != 0).sum())
 
 
 class GBCE(BCE):

@@ -10,6 +10,7 @@ import torch
 
 from recbole_cce import ops
 from recbole_cce.nn.losses.base import Loss, at_least_float32, of_targets
+from recbole_cce.nn.losses.loss_sum import LossSum
 from recbole_cce.ops import negatives
 
 
@@ -31,9 +32,9 @@ class SampledLoss(Loss):
 class CCEMinus(SampledLoss):
     """Cross-entropy with negative sampling (arXiv 2509.09682): ops.sampled_cross_entropy."""
 
-    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:
         with self.precision(hidden.device):
-            return ops.sampled_cross_entropy(
+            mean = ops.sampled_cross_entropy(
                 hidden,
                 weight,
                 target,
@@ -43,12 +44,13 @@ class CCEMinus(SampledLoss):
                 logq_correction=self.logq_correction,
                 backend=self.backend,
             )
+        return LossSum(mean, (target != 0).sum())
 
 
 class CEMinus(SampledLoss):
     """The same number as CCE-, with the rows of all negatives in memory [N, K, D]: the paper's baseline."""
 
-    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:
         device = hidden.device
         groups = torch.arange(negatives.num_groups(len(hidden), self.sharing), device=device)
         drawn = negatives.draw_negatives(
@@ -63,4 +65,4 @@ class CEMinus(SampledLoss):
             negative = negative - (self.sampler.log_q(drawn - 1, len(weight) - 1) + math.log(self.num_negatives))
         negative = negative.masked_fill(drawn == target[:, None], -torch.inf)
         loss = torch.logsumexp(torch.cat([positive[:, None], negative], dim=1), dim=1) - positive
-        return torch.where(valid, loss, 0).sum() / valid.sum().clamp(min=1)
+        return LossSum.of_positions(loss, target)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from recbole_cce.errors import UserError
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.nn.losses.sampled import SampledLoss
-from recbole_cce.plugin import keys
 from recbole_cce.training.memory import DryRun, Memory, Shape
 from recbole_cce.training.out_of_memory import GIB, USABLE
 
@@ -52,8 +51,9 @@ def plan(
     """
     if hidden % heads:
         raise UserError(f"--hidden: {hidden} is not valid with --heads={heads}; it takes a multiple of the heads")
-    if negatives is not None and not keys.KEYS["num_negatives"].accepts(negatives):
-        raise UserError(f"--negatives: {negatives} is not valid; it takes {keys.KEYS['num_negatives'].valid}")
+    key = SampledLoss.keys["num_negatives"]
+    if negatives is not None and not key.accepts(negatives):
+        raise UserError(f"--negatives: {negatives} is not valid; it takes {key.valid}")
     shape = Shape(items, length, hidden, layers, heads, inner)
     budget = int(USABLE * gpu_memory * GIB)
     found = steps(shape, budget, batch_size, negatives)
@@ -81,7 +81,7 @@ def steps(shape: Shape, budget: int, batch_size: int | None = None, negatives: i
     dry_run = DryRun(shape)
 
     def step(loss_type: str) -> Step:
-        sampled = issubclass(LOSSES[loss_type], SampledLoss)
+        sampled = "num_negatives" in LOSSES[loss_type].keys
 
         def peak(rows: int, k: int) -> int:
             return dry_run.memory(loss_type, rows, k).peak

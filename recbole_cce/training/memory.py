@@ -3,7 +3,7 @@
 Tensors under torch's FakeTensorMode have shapes and dtypes but no memory. SASRecCCE's own calculate_loss() and backward
 pass run on them, in bf16 autocast as on a GPU, and every storage is counted while something holds it: activations kept
 for the backward pass, gradients, and what lives for a moment only. The losses in plain torch, CE and CE-, run likewise;
-those that compute in kernels are replaced by what they hold, see BUFFERS.
+those that compute in kernels are replaced by what they hold, as they say it (`Loss.buffers`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +27,7 @@ from torch.utils._pytree import tree_leaves
 from recbole_cce.data.dataset import TARGET_COUNT
 from recbole_cce.models.sasrec import SASRecCCE
 from recbole_cce.nn.batch import Places
-from recbole_cce.nn.losses.registry import LOSSES
-from recbole_cce.ops.scalable_cross_entropy import AUTO_BUCKET_SIZE_Y, auto_size
+from recbole_cce.nn.losses import LOSSES, Buffers
 from recbole_cce.plugin import entry_points
 
 # in a backward pass that a mode watches, autograd makes a new tensor where it would write into the first argument
@@ -83,54 +81,6 @@ class Memory:
     def peak(self) -> int:
         """All of it."""
         return self.parameters + self.encoder + self.loss
-
-
-@dataclass(frozen=True)
-class Buffers:
-    """Bytes that a loss holds besides its inputs and the gradients of both.
-
-    Attributes:
-        forward, backward: during this pass.
-        kept: from the forward to the end of the backward pass.
-        keeps_hidden: whether the fp32 hidden states are kept, too.
-        direction: whether the gradient of the hidden states is there from the forward pass on.
-    """
-
-    forward: int = 0
-    kept: int = 0
-    backward: int = 0
-    keeps_hidden: bool = True
-    direction: bool = False
-
-
-def full_buffers(n: int, k: int, shape: Shape) -> Buffers:
-    """CCE: hidden states and table in 16 bits; log-sum-exp, slope, order and target of each position."""
-    return Buffers(kept=2 * shape.hidden * (n + shape.items + 1) + 20 * n, keeps_hidden=False, direction=True)
-
-
-def sampled_buffers(n: int, k: int, shape: Shape) -> Buffers:
-    """CCE-, BCE, gBCE: log-sum-exp, slope and target of each position."""
-    return Buffers(kept=16 * n, direction=True)
-
-
-def bucket_buffers(n: int, k: int, shape: Shape) -> Buffers:
-    """SCE: keys of the selection, 64 MiB at most; the table in 16 bits, if buckets take as many rows; the buckets'
-    positions and items; loss, own logit, best bucket and target of each position; the positions that won in each
-    bucket."""
-    buckets, size_x, size_y = auto_size(n), min(auto_size(n), n), min(AUTO_BUCKET_SIZE_Y, shape.items)
-    keys = min(8 * buckets * max(4096, 4 * size_x, 4 * size_y), 2**26)
-    table = 2 * shape.hidden * (shape.items + 1) if buckets * size_y > shape.items else 0
-    positions = 4 * buckets * size_x
-    return Buffers(forward=keys, kept=table + positions + 4 * buckets * size_y + 24 * n, backward=positions)
-
-
-BUFFERS: dict[str, Callable[[int, int, Shape], Buffers]] = {
-    "CCE": full_buffers,
-    "CCE-": sampled_buffers,
-    "SCE": bucket_buffers,
-    "BCE": sampled_buffers,
-    "gBCE": sampled_buffers,
-}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -268,11 +218,9 @@ class DryRun:
         widest = max(shape.items + 1, shape.inner, shape.heads * shape.length, num_negatives * shape.hidden)
         if 8 * n * widest >= 2**62:  # more than torch counts, and than any memory
             return Memory(KEPT * self.numbers, 2**62, 0)
-        if loss_type in BUFFERS:
-            model.loss = StandIn(BUFFERS[loss_type](n, num_negatives, self.shape))
-        else:
-            config = {**self.config.final_config_dict, "num_negatives": num_negatives}
-            model.loss = LOSSES[loss_type](config, torch.empty(0))
+        config, loss = {**self.config.final_config_dict, "num_negatives": num_negatives}, LOSSES[loss_type]
+        buffers = loss.buffers(config, n, shape.items, shape.hidden)
+        model.loss = loss(config, torch.empty(0)) if buffers is None else StandIn(buffers)
         model.loss.register_forward_pre_hook(live.enter_loss)
         model.loss.register_forward_hook(live.leave_loss)
         model.places = Places(n, n)

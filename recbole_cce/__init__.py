@@ -8,14 +8,16 @@ from recbole_cce.plugin import repairs
 
 repairs.apply()
 
-from recbole_cce.plugin import checks, entry_points, registration, saved_data  # noqa: E402  RecBole can be imported only after the repairs
+from recbole_cce.plugin import config_checks, entry_points, registration, saved_data  # noqa: E402  RecBole can be imported only after the repairs
 
 __version__ = "0.1.0"
 
 register_model = registration.register_model
-registration.register_builtin()
-checks.install()
+registration.install()
+config_checks.install()
 saved_data.install()
 entry_points.install()
+
+from recbole_cce import models  # noqa: E402, F401  they register themselves
 
 __all__ = ["__version__", "register_model"]

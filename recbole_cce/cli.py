@@ -28,7 +28,16 @@ from recbole_cce.commands import plan, recommend
 from recbole_cce.commands.compare import runs
 from recbole_cce.distributed.processes import RankFailed
 from recbole_cce.errors import UserError
-from recbole_cce.plugin import checks, config_sources, entry_points, keys, registration, repairs, saved_config
+from recbole_cce.plugin import (
+    config_checks,
+    config_keys,
+    config_sources,
+    entry_points,
+    extensions,
+    registration,
+    repairs,
+    saved_config,
+)
 from recbole_cce.training import checkpoint, interrupts
 
 EXAMPLES = """examples:
@@ -36,6 +45,7 @@ EXAMPLES = """examples:
   %(prog)s --model=SASRecCCE --dataset=ml-20m             (RecBole downloads known data sets)
   %(prog)s --loss_type=CCE --train_batch_size=256         exact full softmax, other batch size
   %(prog)s --model=SASRecSCE --bucket_size_y=512
+  %(prog)s --plugin=my_losses.py --loss_type=MyLoss       a loss of your own: docs/adding.md
   %(prog)s --config_files="my.yaml other.yaml" --epochs=20
   %(prog)s --model=SASRec --dataset=ml-1m                 RecBole's own model, same data and evaluation
   %(prog)s --dataset=ml-20m --resume                      go on with the last run: after a kill, or to more epochs
@@ -64,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
+        parents=[plugin_parser()],
     )
     parser.add_argument("--model", help="a model of this package or of RecBole (default: SASRecCCE)")
     parser.add_argument("--dataset", help="name of the data set, a folder in data_path (default: ml-100k)")
@@ -84,6 +95,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=whole(1, 2**16 - 1), default=5678, help="port on the first machine")
     parser.add_argument("--world_size", type=whole(-1), default=-1, help="processes on all machines (default: nproc)")
     parser.add_argument("--group_offset", type=whole(0), default=0, help="rank of this machine's first process")
+    return parser
+
+
+def plugin_parser() -> argparse.ArgumentParser:
+    """The flag of all commands."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file of your own that registers losses or models, which is run; may be repeated",
+    )
     return parser
 
 
@@ -114,25 +138,32 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, takes_keys: bool = False, **kwargs: Any) -> None:
         prog = f"{Path(sys.argv[0]).name} {command}"
-        super().__init__(prog=prog, description=description, allow_abbrev=False, exit_on_error=False, **kwargs)
+        options = {"allow_abbrev": False, "exit_on_error": False, "parents": [plugin_parser()]}
+        super().__init__(prog=prog, description=description, **options, **kwargs)
         self.takes_keys = takes_keys
 
     def parse_args(self, args: list[str]) -> argparse.Namespace:
-        """As argparse's."""
+        """The values of a command's flags.
+
+        Raises:
+            UserError, argparse.ArgumentError: names the flag.
+        """
         if not self.takes_keys:
             known = [option for action in self._actions for option in action.option_strings]
             for name in (word.partition("=")[0] for word in args):
                 if name.startswith("--") and name not in known:
-                    raise UserError(f"there is no option {name}{checks.nearest(name, known)}")
+                    raise UserError(f"there is no option {name}{config_checks.nearest(name, known)}")
         namespace, flags = self.parse_known_args(args)
+        del namespace.plugin  # run_command() has taken them
         if self.takes_keys:
-            namespace.flags, namespace.command = flags, shlex.join([*self.prog.split(), *args])
+            plugins = [f"--plugin={file}" for file in extensions.FILES.values()]
+            namespace.flags, namespace.command = flags, shlex.join([*self.prog.split(), *args, *plugins])
         elif flags:
             raise UserError(f"{flags[0]!r} is not understood; flags are written --option=value")
         return namespace
 
     def error(self, message: str) -> NoReturn:
-        """As argparse's, which prints the usage, too."""
+        """Raise what argparse would print, without the usage."""
         raise UserError(message)
 
 
@@ -231,10 +262,11 @@ COMMANDS = {
 
 
 def keys_help() -> str:
-    """One line for each key of keys.KEYS with its default in SASRecCCE."""
-    defaults = registration.read_yaml(registration.MODELS["SASRecCCE"])
+    """One line for each key that this package adds to RecBole's, with its default in SASRecCCE."""
+    defaults = registration.defaults("SASRecCCE")
     return "\n".join(
-        f"  --{name}={defaults.get(name, '~')}\n      {key.help}; {key.valid}" for name, key in keys.KEYS.items()
+        f"  --{name}={defaults.get(name, '~')}\n      {key.help}; {key.valid}"
+        for name, key in config_keys.keys_of_package().items()
     )
 
 
@@ -262,7 +294,9 @@ def main() -> None:
 
 
 def run_command() -> None:
-    """What sys.argv asks for."""
+    """What sys.argv asks for, after the files of --plugin: they register what the other flags may name."""
+    named, sys.argv[1:] = plugin_parser().parse_known_args(sys.argv[1:])
+    extensions.load(named.plugin)
     if sys.argv[1:] == ["doctor"]:
         print(doctor())
     elif sys.argv[1:] and sys.argv[1] in COMMANDS:
@@ -289,13 +323,13 @@ def arguments() -> dict[str, Any]:
     in_files = config_sources.read_files(files, "--config_files")
     model = in_files.get("model", "SASRecCCE") if args.model is None else args.model
     dataset = in_files.get("dataset", "ml-100k") if args.dataset is None else args.dataset
-    checks.check_model(model)
-    checks.check_dataset(dataset)
-    checks.check_flags(rest, in_files, model)
+    config_checks.check_model(model)
+    config_checks.check_dataset(dataset)
+    config_checks.check_flags(rest, in_files, model)
     check_processes(args)
     config = entry_points.configuration(model, dataset, files)
-    checks.check_valid_metric(config)
-    checks.check_gpus(config, args.nproc)
+    config_checks.check_valid_metric(config)
+    config_checks.check_gpus(config, args.nproc)
     checkpoint.check(config)
     asked = {
         "resume": resumed_file(args.resume, args.trust_checkpoint, config),

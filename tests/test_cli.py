@@ -22,7 +22,7 @@ from recbole.utils import url
 
 from recbole_cce import cli
 from recbole_cce.ops import linear_cross_entropy
-from recbole_cce.plugin import checks, entry_points, keys, registration, repairs
+from recbole_cce.plugin import config_checks, config_keys, entry_points, registration, repairs
 from recbole_cce.plugin.saved_config import rebuilt
 from recbole_cce.training import evaluation
 from tests.conftest import write_inter
@@ -246,11 +246,11 @@ def test_what_is_resumed(saved, command, monkeypatch, flags):
     assert runs[0]["config_dict"] == {"resume": "saved/SASRecCCE-b.pth"}
 
 
-@pytest.mark.parametrize("key", keys.KEYS)
+@pytest.mark.parametrize("key", config_keys.keys_of_package())
 def test_one_line_for_a_wrong_value_of_each_key(mistake, key):
     wrong = 1 if key == "cache_data" else "wrong"  # which could be a folder
     message = mistake(f"--{key}={wrong}")
-    assert message == f"{key}: {wrong!r} is not valid; it takes {keys.KEYS[key].valid}"
+    assert message == f"{key}: {wrong!r} is not valid; it takes {config_keys.keys_of_package()[key].valid}"
 
 
 def test_loss_of_ours_with_a_model_of_recbole(mistake):
@@ -376,7 +376,7 @@ def test_help_explains_the_keys_and_shows_examples(monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name, key in keys.KEYS.items():
+    for name, key in config_keys.keys_of_package().items():
         assert f"--{name}=" in text
         assert key.help in text
         assert key.valid in text
@@ -390,8 +390,10 @@ def test_help_explains_the_keys_and_shows_examples(monkeypatch, capsys):
             continue
         for flag in re.findall(r"--\w+=\S+", example):
             name = flag[2:].partition("=")[0]
-            named = ("model", "dataset", "config_files", "nproc")
-            assert name in named or name in checks.known_keys("SASRecCCE") | checks.known_keys("SASRecSCE")
+            named = ("model", "dataset", "config_files", "nproc", "plugin")
+            assert name in named or name in config_checks.known_keys("SASRecCCE") | config_checks.known_keys(
+                "SASRecSCE"
+            )
 
 
 def test_doctor():

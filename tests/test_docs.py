@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from recbole.config import Config
 from torch.nn import functional as F
 
 from recbole_cce import cli
-from recbole_cce.nn.losses import registry, sampled
+from recbole_cce.nn.losses import registry
 from recbole_cce.ops import negatives
-from recbole_cce.plugin import checks, keys, registration
+from recbole_cce.plugin import config_checks, config_keys, registration
 from tests.conftest import write_inter
-from tests.process import SCRIPT, python_path
+from tests.process import SCRIPT, python, python_path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,15 +61,16 @@ FEW_USERS = "--user_inter_num_interval=[20,30]"  # of ml-100k
 
 
 def test_loss_of_the_page_is_the_formula_it_names():
-    namespace = {**vars(sampled), "LOSSES": {}}
-    exec(block_after(ADDING, "At the end of `recbole_cce/nn/losses/sampled.py`"), namespace)
-    config = {"loss_backend": "auto", "loss_dtype": "auto", "num_negatives": 9, "negative_sharing": "tile"}
-    config |= {"logq_correction": True, "negative_distribution": "uniform", "negative_alpha": 1.0}
-    loss = namespace["LOSSES"]["BPR"](config, torch.ones(6))
+    namespace = {}
+    with mock.patch.dict(registry.LOSSES):
+        exec(block_after(ADDING, "`my_losses.py`:"), namespace)
+        assert registry.LOSSES["BPR"] is namespace["BPR"]
+    config = {name: key.default for name, key in namespace["BPR"].keys.items()}
+    loss = namespace["BPR"](config | {"num_negatives": 9, "bpr_margin": 0.5}, torch.ones(6))
     hidden, weight = torch.randn(5, 8), torch.randn(7, 8)
     target = torch.tensor([3, 1, 0, 6, 2])
     torch.manual_seed(0)
-    value = loss(hidden, target, weight).item()
+    value = loss(hidden, target, weight).mean.item()
     torch.manual_seed(0)
     seed = negatives.new_seed(torch.device("cpu"))
     drawn = negatives.draw_negatives(negatives.Uniform(), seed, torch.zeros(1, dtype=torch.int64), 9, 7, 0)[0].tolist()
@@ -77,25 +78,63 @@ def test_loss_of_the_page_is_the_formula_it_names():
     scores = (hidden.double() @ weight.double().T).tolist()
     expected = []
     for row, y in zip(scores, target.tolist(), strict=True):
-        terms = [-F.logsigmoid(torch.tensor(row[y] - row[k])).item() for k in drawn if k != y]
+        terms = [-F.logsigmoid(torch.tensor(row[y] - row[k] - 0.5)).item() for k in drawn if k != y]
         expected += [sum(terms) / 9] if y else []
     assert value == pytest.approx(sum(expected) / 4, rel=1e-5)
 
 
-def test_loss_of_the_page_trains_in_the_place_it_names(tmp_path, tiny):
-    copy = tmp_path / "copy"
-    for name in ("recbole_cce", "properties"):
-        shutil.copytree(ROOT / name, copy / name)
-    shutil.copy(ROOT / "run_recbole_cce.py", copy)
-    with open(copy / "recbole_cce" / "nn" / "losses" / "sampled.py", "a") as file:
-        file.write("\n\n" + block_after(ADDING, "At the end of `recbole_cce/nn/losses/sampled.py`"))
-    (command,) = [line for line in commands(ADDING) if "--loss_type=BPR" in line]
+def cli_command(page: str, part: str) -> str:
+    """The one command of a page that has `part`, with the script where it is."""
+    (command,) = [line for line in commands(page) if part in line]
+    return command.replace("run_recbole_cce.py", str(SCRIPT))
+
+
+@pytest.fixture
+def own_loss(tmp_path):
+    """A folder with the page's file."""
+    (tmp_path / "my_losses.py").write_text(block_after(ADDING, "`my_losses.py`:"))
+    return tmp_path
+
+
+def test_loss_of_the_page_trains_and_its_checkpoint_is_read(own_loss, tiny):
+    """From a folder that is not the package's."""
     columns = "--load_col={'inter': ['user_id', 'item_id', 'timestamp']}"
-    output = run(command, copy, *SHORT, "--epochs=2", "--dataset=tiny", f"--data_path={tiny}", columns)
-    assert "recbole_cce/nn/losses/sampled.py" not in output  # no warning or traceback from there
+    data = ("--dataset=tiny", f"--data_path={tiny}", columns)
+    output = run(cli_command(ADDING, "--loss_type=BPR"), own_loss, *SHORT, "--epochs=2", *data)
     assert 0 < metric(output, "ndcg@5") <= 1
-    with pytest.raises(ValueError, match="loss_type: 'BPR' is not valid"):  # without step 1
-        Config("SASRecCCE", "ml-100k", config_dict={"loss_type": "BPR"})
+    (file,) = (own_loss / "saved").glob("*.pth")
+    config = torch.load(file, weights_only=True)["config"]
+    assert (config["loss_type"], config["bpr_margin"], config["num_negatives"]) == ("BPR", 0.5, 256)
+    assert "plugin" not in config
+    recommend = [str(SCRIPT), "recommend", f"--checkpoint={file}", "--output=top.csv", "--k=3"]
+    run(shlex.join(["python", *recommend, "--plugin=my_losses.py"]), own_loss)
+    assert (own_loss / "top.csv").read_text().startswith("user,item,rank,score\n")
+    process = python(*recommend, cwd=own_loss)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].endswith(
+        "the checkpoint's loss_type: there is no loss 'BPR'; import the module that registers it first; on the command "
+        "line, --plugin=FILE.py does"
+    )
+    process = python(SCRIPT, "--loss_type=BPR", cwd=own_loss)
+    assert "loss_type: 'BPR' is not valid; it takes one of auto, CE, " in process.stderr.splitlines()[-1]
+
+
+def test_plan_and_help_know_the_loss_of_the_page(own_loss):
+    assert re.search(r"^\| BPR +\|", run(cli_command(ADDING, "plan --plugin"), own_loss), re.MULTILINE)
+    text = run(f"python {SCRIPT} --plugin=my_losses.py --help", own_loss)
+    assert "--bpr_margin=0.0\n      BPR: how far a target is to be above a negative; a number from 0 to 10" in text
+    assert "one of auto, CE, CCE, CCE-, CE-, SCE, BCE, gBCE, BPR" in text
+
+
+def test_compare_varies_a_key_of_the_loss_of_the_page(own_loss, tiny):
+    columns = "--load_col={'inter': ['user_id', 'item_id', 'timestamp']}"
+    words = ["compare", "--plugin=my_losses.py", "--models=SASRecCCE", "--dataset=tiny", f"--data_path={tiny}", columns]
+    words += ["--vary=loss_type:CCE,BPR", "--vary=bpr_margin:0,1", "--seeds=1", "--epochs=1", "--output=study"]
+    run(shlex.join(["python", str(SCRIPT), *words]), own_loss, *SHORT, "--metric=NDCG@5")
+    results = [json.loads(file.read_text()) for file in (own_loss / "study" / "runs").glob("*/result.json")]
+    names = ["SASRecCCE loss_type=BPR bpr_margin=0", "SASRecCCE loss_type=BPR bpr_margin=1", "SASRecCCE loss_type=CCE"]
+    assert sorted(result["name"] for result in results) == names
+    assert all(result["state"] == "finished" for result in results)
 
 
 # Adding a model
@@ -112,9 +151,10 @@ def test_model_of_the_page_runs(tmp_path):
     assert metric(output, "ndcg@5") > 0
     assert "GRU4RecCCE" in output
     names = set(registration.read_yaml(tmp_path / "GRU4RecCCE.yaml"))
-    defaults = set(registration.read_yaml(registration.MODELS["SASRecCCE"]))
     assert not {"load_col", "eval_args", "topk", "metrics", "MAX_ITEM_LIST_LENGTH"} & names
-    assert {key for key in names if key in keys.KEYS} <= defaults
+    (command,) = [line for line in commands(ADDING) if "--model=GRU4RecCCE" in line]
+    command = command.replace("--epochs=20", "--epochs=1").replace("run_recbole_cce.py", str(SCRIPT))
+    assert metric(run(command, tmp_path, FEW_USERS, *SHORT), "ndcg@5") == metric(output, "ndcg@5")
 
 
 # README
@@ -146,13 +186,13 @@ def test_yaml_example_of_the_readme_reads_own_data(tmp_path, monkeypatch):
 
 
 def test_table_of_keys_in_the_readme():
-    """Lists the keys of keys.py and no other, in their order, with the defaults of SASRecCCE and the same words."""
+    """Lists the keys of the package and no other, in their order, with the defaults of SASRecCCE and the same words."""
     rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \|$", README, re.MULTILINE)
-    assert [name for name, _, _ in rows] == list(keys.KEYS)
-    defaults = registration.read_yaml(registration.MODELS["SASRecCCE"])
+    keys, defaults = config_keys.keys_of_package(), registration.defaults("SASRecCCE")
+    assert [name for name, _, _ in rows] == list(keys)
     for name, default, meaning in rows:
         assert str(defaults.get(name, "~")) == default, name
-        assert meaning == f"{keys.KEYS[name].help}; {keys.KEYS[name].valid}", name
+        assert meaning == f"{keys[name].help}; {keys[name].valid}", name
 
 
 def test_flags_on_the_pages_exist():
@@ -162,13 +202,15 @@ def test_flags_on_the_pages_exist():
         for line in lines:
             words = shlex.split(line)
             command = words[words.index("run_recbole_cce.py") + 1 :][:1]
+            if "--plugin=" in line:  # run above
+                continue
             if command and command[0] in cli.COMMANDS:
                 cli.COMMANDS[command[0]][0]().parse_args([word for word in words if word.startswith("--")])
                 continue
             flags = [word for word in words if word.startswith("--") and "=" in word]
             options = {"--model", "--dataset", "--config_files", "--nproc", "--resume"}
-            flags = [flag for flag in flags if flag.partition("=")[0] not in options and flag != "--loss_type=BPR"]
-            checks.check_flags(flags, {}, "SASRecCCE")
+            flags = [flag for flag in flags if flag.partition("=")[0] not in options]
+            config_checks.check_flags(flags, {}, "SASRecCCE")
             for file in re.findall(r"--config_files=(properties/\S+)", line):
                 assert (ROOT / file).is_file(), file
 
@@ -235,5 +277,5 @@ def test_page_of_losses_has_every_loss_and_its_keys():
         "exclude_seen",
         "eval_chunk_items",
     }
-    for key in set(keys.KEYS) - elsewhere:
+    for key in set(config_keys.keys_of_package()) - elsewhere:
         assert re.search(rf"\b{key}\b", page), key

@@ -10,7 +10,7 @@ from recbole_cce.errors import UserError
 from recbole_cce.models.sasrec import SASRecCCE
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.nn.losses.sampled import SampledLoss
-from recbole_cce.plugin import entry_points, keys
+from recbole_cce.plugin import entry_points
 from recbole_cce.training.memory import DryRun, Memory, largest
 from recbole_cce.training.out_of_memory import GIB, USABLE
 from recbole_cce.training.step_plan import StepPlan
@@ -86,8 +86,9 @@ def plan(
     """
     if hidden % heads:
         raise UserError(f"--hidden: {hidden} is not valid with --heads={heads}; it takes a multiple of the heads")
-    if negatives is not None and not keys.KEYS["num_negatives"].accepts(negatives):
-        raise UserError(f"--negatives: {negatives} is not valid; it takes {keys.KEYS['num_negatives'].valid}")
+    key = SampledLoss.keys["num_negatives"]
+    if negatives is not None and not key.accepts(negatives):
+        raise UserError(f"--negatives: {negatives} is not valid; it takes {key.valid}")
     shape = Shape(items, length, hidden, layers, heads, inner)
     budget = int(USABLE * gpu_memory * GIB)
     found = steps(shape, budget, batch_size, negatives)
@@ -115,7 +116,7 @@ def steps(shape: Shape, budget: int, batch_size: int | None = None, negatives: i
     dry_run = shape.dry_run()
 
     def step(loss_type: str) -> Step:
-        sampled = issubclass(LOSSES[loss_type], SampledLoss)
+        sampled = "num_negatives" in LOSSES[loss_type].keys
 
         def memory(rows: int, k: int) -> Memory:
             return dry_run.memory(StepPlan.full(rows, shape.length), loss_type=loss_type, num_negatives=k)

@@ -12,9 +12,12 @@ from typing import Any
 from recbole.config import Config
 from recbole.utils import set_color
 
+from recbole_cce.nn.losses.base import Loss
+from recbole_cce.nn.losses.sampled import CCEMinus
+
 # loss_type: up to so many items all of them cost about as much as 2,048 negatives
 EXACT_ITEMS = 2**16
-KEYS_OF_NEGATIVES = ("num_negatives", "negative_sharing", "negative_distribution", "negative_alpha", "logq_correction")
+KEYS_OF_NEGATIVES = CCEMinus.keys.keys() - Loss.keys.keys()
 
 # train_batch_size: targets of a step, a hundredth of an epoch's within these bounds
 STEPS_PER_EPOCH, TARGETS_PER_STEP = 100, (4_000, 16_000)

@@ -11,8 +11,8 @@ from typing import Any
 from recbole.data.dataset import SequentialDataset
 from recbole.utils import FeatureSource, FeatureType
 
+from recbole_cce import keys
 from recbole_cce.errors import UserError
-from recbole_cce.plugin import keys
 
 # Columns of tokens that a line is nothing without -> the options that name them.
 ROLES: dict[FeatureSource | str, tuple[str, ...]] = {

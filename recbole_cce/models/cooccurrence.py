@@ -15,6 +15,7 @@ from torch import nn
 
 from recbole_cce.data.rows import TARGET_ROW
 from recbole_cce.nn.item_table import PADDING
+from recbole_cce.plugin.registration import register_model
 from recbole_cce.training.evaluation import TopK
 from recbole_cce.training.trainer import EfficientTrainer
 
@@ -93,6 +94,9 @@ class CooccurrenceTrainer(EfficientTrainer):
             scores = scores - scores.multiply(scipy.sparse.csr_matrix(pairs, shape=scores.shape))
         items = best_items(scipy.sparse.csr_matrix(scores), max(self.config["topk"]))
         return interaction, TopK(torch.from_numpy(items)), positive_u, positive_i
+
+
+register_model(Cooccurrence, trainer=CooccurrenceTrainer)
 
 
 def best_items(scores: scipy.sparse.csr_matrix, k: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.nn.packing import Packing, pack
 from recbole_cce.nn.repeats import AGES, age_group
 from recbole_cce.nn.transformer import encode, encode_original, fuse_gelu
+from recbole_cce.plugin.registration import register_model
 from recbole_cce.training.batch_model import BatchModel
 
 
@@ -161,10 +162,12 @@ class EfficientSASRec(BatchModel, SASRec):
             self.repeat_bias = para["repeat_bias"]
 
 
+@register_model
 class SASRecCCE(EfficientSASRec):
     """SASRec with cross-entropy over shared sampled negatives by default (`loss_type: CCE-`, arXiv 2509.09682)."""
 
 
+@register_model
 class SASRecSCE(EfficientSASRec):
     """SASRec with scalable cross-entropy by default (`loss_type: SCE`, arXiv 2409.18721)."""
 

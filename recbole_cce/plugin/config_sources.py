@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from recbole_cce.errors import UserError
-from recbole_cce.plugin.keys import RECBOLE_KEYS
+from recbole_cce.plugin.config_keys import RECBOLE_KEYS
 
 
 def literal(text: str) -> Any:

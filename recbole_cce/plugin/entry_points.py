@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from logging import getLogger
 from typing import Any
 
@@ -21,7 +22,7 @@ from recbole.data import data_preparation
 from recbole.utils import get_model, init_logger, init_seed
 
 from recbole_cce.distributed import processes
-from recbole_cce.plugin import checks, registration, saved_config, saved_data
+from recbole_cce.plugin import config_checks, extensions, registration, saved_config, saved_data
 from recbole_cce.training import checkpoint
 
 _run = recbole_quick_start.run
@@ -69,11 +70,22 @@ def run_together(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
     Raises:
         RankFailed, UserError: see processes.launch().
     """
-    spawn, torch.multiprocessing.spawn = torch.multiprocessing.spawn, processes.launch
+    spawn, torch.multiprocessing.spawn = torch.multiprocessing.spawn, launch
     try:
         return _run(*args, **kwargs)
     finally:
         torch.multiprocessing.spawn = spawn
+
+
+def launch(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, join: bool = True) -> None:
+    """processes.launch() of a function that finds what the user's own files register."""
+    processes.launch(partial(with_extensions, tuple(extensions.FILES), function), args, nprocs, join)
+
+
+def with_extensions(modules: tuple[str, ...], function: Callable[..., None], *args: Any) -> None:
+    """`function` of `args`, after modules of the user's."""
+    extensions.load_again(modules)
+    function(*args)
 
 
 def run_recboles(rank: int, *args: Any) -> None:
@@ -96,7 +108,7 @@ def share_threads(processes: int) -> None:
 
 def create_dataset(config: Config) -> Any:
     """RecBole's, for its entry points alone: they go on to train, and valid_metric must be computed."""
-    checks.check_valid_metric(config)
+    config_checks.check_valid_metric(config)
     return saved_data.create_dataset(config)
 
 

@@ -8,18 +8,21 @@ its YAML files. Nothing is written into site-packages.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import recbole
 import recbole.data.dataset
 import recbole.trainer
 from recbole.config import Config
 from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import get_model
 
 from recbole_cce.data.dataset import LeanSequentialDataset
 from recbole_cce.errors import UserError
-from recbole_cce.models.cooccurrence import Cooccurrence, CooccurrenceTrainer
-from recbole_cce.models.sasrec import SASRecCCE, SASRecSCE
+from recbole_cce.keys import Key
+from recbole_cce.nn.losses import registry
 from recbole_cce.plugin.config_sources import read_yaml as read_yaml
 from recbole_cce.training.trainer import EfficientTrainer
 
@@ -70,6 +73,17 @@ def register_model(
     return cls
 
 
+def declared(cls: type) -> Mapping[str, Key]:
+    """The keys that a model's class declares, in an attribute `keys`."""
+    return getattr(cls, "keys", {})
+
+
+def defaults(model: str) -> dict[str, Any]:
+    """The defaults of a registered model: those that losses and the class itself declare, then its YAML file."""
+    keys = {**registry.declared(), **declared(get_model(model))}
+    return {name: key.default for name, key in keys.items() if key.default is not None} | read_yaml(MODELS[model])
+
+
 def dataset_defaults(dataset: str) -> Path | None:
     """Our YAML file for a data set that RecBole has none for."""
     path = PROPERTIES / "dataset" / f"{dataset}.yaml"
@@ -84,14 +98,11 @@ def load_internal_config_dict(self: Config, model: str, model_class: type, datas
     _load_internal_config_dict(self, model, model_class, dataset)
     if model not in MODELS:
         return
-    for path in (MODELS[model], dataset_defaults(dataset)):
-        if path is not None:
-            self._update_internal_config_dict(path)
+    self.internal_config_dict.update(defaults(model))
+    if path := dataset_defaults(dataset):
+        self.internal_config_dict.update(read_yaml(path))
 
 
-def register_builtin() -> None:
-    """Register the models of this package and the hook for their defaults; called once, on import."""
+def install() -> None:
+    """Let Config know the defaults of registered models."""
     Config._load_internal_config_dict = load_internal_config_dict
-    for model in (SASRecCCE, SASRecSCE):
-        register_model(model)
-    register_model(Cooccurrence, trainer=CooccurrenceTrainer)

@@ -460,9 +460,9 @@ def columns_of_options() -> str:
     original = Dataset._init_alias
 
     def init_alias(self: Any) -> None:
-        from recbole_cce.plugin import checks
+        from recbole_cce.plugin import config_checks
 
-        checks.check_columns(self)
+        config_checks.check_columns(self)
         original(self)
 
     Dataset._init_alias = init_alias

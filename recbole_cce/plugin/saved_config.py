@@ -14,7 +14,8 @@ from recbole.config import Config
 from recbole.utils import EvaluatorType, InputType, ModelType, get_model
 
 from recbole_cce.errors import UserError
-from recbole_cce.plugin import checks
+from recbole_cce.nn.losses.registry import LOSSES
+from recbole_cce.plugin import config_checks, extensions, registration
 
 ENUMS = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
 # what is asked of one run and says nothing about its model: processes, devices, files it reads or trusts
@@ -74,9 +75,15 @@ def rebuilt(values: dict[str, Any]) -> Config:
     """The Config that kept() gave the values of, for one process on this machine.
 
     Raises:
-        UserError: they name no model.
+        UserError: they name a model or a loss that nobody has registered.
     """
-    checks.check_model(str(values["model"]), "the checkpoint's model")
+    model, loss = str(values["model"]), values.get("loss_type")
+    config_checks.check_model(model, "the checkpoint's model", extensions.MISSING)
+    if model in registration.MODELS and loss not in (None, "auto", *LOSSES):
+        raise UserError(
+            f"the checkpoint's loss_type: there is no loss {loss!r}{config_checks.nearest(str(loss), LOSSES)}; "
+            + extensions.MISSING
+        )
     return RebuiltConfig(values)
 
 

@@ -3,7 +3,7 @@
 Tensors under torch's FakeTensorMode have shapes and dtypes but no memory. The model's own loss_sum() and the backward
 pass run on them, in bf16 autocast as on a GPU, and every storage is counted while something holds it: activations kept
 for the backward pass, gradients, and what lives for a moment only. The losses in plain torch, CE and CE-, run likewise;
-those that compute in kernels are replaced by what they hold, see BUFFERS.
+those that compute in kernels are replaced by what they hold, as they say it (`Loss.buffers`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from recbole_cce.nn.batch import TRAINED_SHARE, Batch, Counts
 from recbole_cce.nn.item_table import PADDING, ItemTable
+from recbole_cce.nn.losses import LOSSES, Buffers
 from recbole_cce.nn.losses.loss_sum import LossSum
-from recbole_cce.nn.losses.registry import LOSSES
-from recbole_cce.nn.losses.scalable import ITEMS_IN_BUCKET
-from recbole_cce.ops.scalable_cross_entropy import auto_size
 from recbole_cce.training.step_plan import StepPlan
 
 # in a backward pass that a mode watches, autograd makes a new tensor where it would write into the first argument
@@ -57,56 +55,6 @@ class Memory:
     def peak(self) -> int:
         """All of it."""
         return self.parameters + self.encoder + self.loss
-
-
-@dataclass(frozen=True)
-class Buffers:
-    """Bytes that a loss holds besides its inputs and the gradients of both.
-
-    Attributes:
-        forward, backward: during this pass.
-        kept: from the forward to the end of the backward pass.
-        keeps_hidden: whether the fp32 hidden states are kept, too.
-        direction: whether the gradient of the hidden states is there from the forward pass on.
-    """
-
-    forward: int = 0
-    kept: int = 0
-    backward: int = 0
-    keeps_hidden: bool = True
-    direction: bool = False
-
-
-def full_buffers(n: int, items: int, config: Mapping[str, Any]) -> Buffers:
-    """CCE: hidden states and table in 16 bits; log-sum-exp, slope, order and target of each position."""
-    return Buffers(kept=2 * config["hidden_size"] * (n + items + 1) + 20 * n, keeps_hidden=False, direction=True)
-
-
-def sampled_buffers(n: int, items: int, config: Mapping[str, Any]) -> Buffers:
-    """CCE-, BCE, gBCE: log-sum-exp, slope and target of each position."""
-    return Buffers(kept=16 * n, direction=True)
-
-
-def bucket_buffers(n: int, items: int, config: Mapping[str, Any]) -> Buffers:
-    """SCE: keys of the selection, 64 MiB at most; the table in 16 bits, if buckets take as many rows; the buckets'
-    positions and items; loss, target logit, best bucket and target of each position; the positions that won in each
-    bucket."""
-    buckets, size_x = (auto_size(n) if config[key] == "auto" else config[key] for key in ("n_buckets", "bucket_size_x"))
-    size_y = ITEMS_IN_BUCKET if config["bucket_size_y"] == "auto" else config["bucket_size_y"]
-    size_x, size_y = min(size_x, n), min(size_y, items)
-    keys = min(8 * buckets * max(4096, 4 * size_x, 4 * size_y), 2**26)
-    table = 2 * config["hidden_size"] * (items + 1) if buckets * size_y > items else 0
-    positions = 4 * buckets * size_x
-    return Buffers(forward=keys, kept=table + positions + 4 * buckets * size_y + 24 * n, backward=positions)
-
-
-BUFFERS: dict[str, Callable[[int, int, Mapping[str, Any]], Buffers]] = {
-    "CCE": full_buffers,
-    "CCE-": sampled_buffers,
-    "SCE": bucket_buffers,
-    "BCE": sampled_buffers,
-    "gBCE": sampled_buffers,
-}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -252,12 +200,10 @@ class DryRun:
         widest = max(self.items + 1, config["inner_size"], attended, config["num_negatives"] * config["hidden_size"])
         if 8 * rows * length * widest >= 2**62:  # more than torch counts, and than any memory
             return Memory(self.kept, 2**62, 0)
-        loss_type = config["loss_type"]
-        if loss_type in BUFFERS:
-            seen = rows * length if n >= TRAINED_SHARE * rows * length else n
-            model.loss = StandIn(BUFFERS[loss_type](seen, self.items, config))
-        else:
-            model.loss = LOSSES[loss_type](config, torch.empty(0))
+        loss = LOSSES[config["loss_type"]]
+        seen = rows * length if n >= TRAINED_SHARE * rows * length else n
+        buffers = loss.buffers(config, seen, self.items, config["hidden_size"])
+        model.loss = loss(config, torch.empty(0)) if buffers is None else StandIn(buffers)
         model.loss.register_forward_pre_hook(live.enter_loss)
         model.loss.register_forward_hook(live.leave_loss)
         model.zero_grad()

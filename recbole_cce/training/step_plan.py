@@ -80,11 +80,11 @@ def captures(
     Raises:
         UserError: it is True where a step cannot be captured.
     """
-    wanted = config["cuda_graph"]
+    wanted, batches = config["cuda_graph"], config["accumulate_steps"] or 1
     obstacles = {
         f"on {device.type}": device.type != "cuda",
         "with several processes": distributed,
-        f"with accumulate_steps: {config['accumulate_steps']}": config["accumulate_steps"] > 1,
+        f"with accumulate_steps: {batches}": batches > 1,
         f"with loss_type: {config['loss_type']}": not loss.capturable,
     }
     for obstacle, present in obstacles.items():

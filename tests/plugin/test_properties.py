@@ -14,8 +14,9 @@ from recbole.quick_start import run_recbole
 from recbole.utils import argument_list, get_model, get_trainer
 
 from recbole_cce.models.sasrec import EfficientSASRec
-from recbole_cce.plugin import entry_points, keys, registration
-from recbole_cce.plugin.checks import known_keys
+from recbole_cce.nn.losses.registry import declared
+from recbole_cce.plugin import config_keys, entry_points, registration
+from recbole_cce.plugin.config_checks import known_keys
 from tests.conftest import write_inter
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,7 +128,9 @@ def test_model_defaults_leave_data_and_evaluation_alone(file):
     data = set(registration.read_yaml(RECBOLE / "sample.yaml")) | set(argument_list.dataset_arguments)
     assert not set(registration.read_yaml(file)) & (data | set(argument_list.evaluation_arguments))
     if file.stem != "Cooccurrence":  # which trains nothing
-        assert set(keys.KEYS) <= set(registration.read_yaml(file)) | {"adam_betas"}
+        given = set(registration.read_yaml(file))
+        assert set(config_keys.keys_of_package()) <= given | set(declared()) | {"adam_betas"}
+        assert not given & set(declared())  # one default in one place
 
 
 # Recipes: what the authors' published configurations and code say

@@ -28,12 +28,13 @@ from recbole.evaluator.register import metrics_dict
 from recbole.utils import get_model, set_color
 from tqdm import tqdm
 
+from recbole_cce import keys
 from recbole_cce.commands.compare import report
 from recbole_cce.commands.compare.trial import Trial, run
 from recbole_cce.commands.compare.variants import Variant, expand, parse_flags, parse_seeds, parse_variants, parse_vary
 from recbole_cce.errors import UserError
 from recbole_cce.files import locked, remove_parts
-from recbole_cce.plugin import checks, config_sources, entry_points, keys, registration
+from recbole_cce.plugin import config_checks, config_sources, entry_points, extensions, registration
 
 # keys that decide what is tested and how: equal for all models, or nothing could be compared
 SAME = (
@@ -109,7 +110,7 @@ def plan(
     files = config_sources.file_names(config_files)
     in_files = config_sources.read_files(files, "--config_files")
     dataset = in_files.get("dataset", "ml-100k") if dataset is None else dataset
-    checks.check_dataset(dataset)
+    config_checks.check_dataset(dataset)
     named = parse_variants(models, variant)
     common = {"show_progress": "False", **parse_flags(flags, in_files, [one.model for one in named])}
     numbers = parse_seeds(seeds)
@@ -131,7 +132,7 @@ def plan(
             raise UserError(f"--vary: {key} changes nothing in {', '.join(one.name for one in named)}")
     configs = [config(one) for one in expanded]
     check_same(expanded, configs)
-    checks.check_valid_metric(configs[0])
+    config_checks.check_valid_metric(configs[0])
     if configs[0]["eval_step"] < 1:
         keys.refuse("eval_step", configs[0]["eval_step"], "an integer >= 1")
 
@@ -154,10 +155,15 @@ def plan(
                     settings={**common, **one.settings, **own},
                     time_limit=time_limit,
                     folder=folder,
-                    modules=(get_model(one.model).__module__,) if one.model in registration.MODELS else (),
+                    modules=modules_of(one.model),
                 )
             )
     return trials
+
+
+def modules_of(model: str) -> tuple[str, ...]:
+    """What the process of a run imports first: the files of --plugin, and the module of a registered model."""
+    return (*extensions.FILES, *([get_model(model).__module__] if model in registration.MODELS else []))
 
 
 def configuration(trial: Trial) -> Config:

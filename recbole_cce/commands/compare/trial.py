@@ -8,7 +8,6 @@ value of each test user in `users.npz`.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ import recbole_cce
 from recbole_cce.distributed.processes import end_with_parent
 from recbole_cce.errors import UserError, reason
 from recbole_cce.files import write_whole
-from recbole_cce.plugin import entry_points, registration
+from recbole_cce.plugin import entry_points, extensions, registration
 
 # what result.json holds and what it is, in every state and where the run was tested
 KEYS = {"name": str, "seed": int, "state": str, "curve": list, "parallel": int}
@@ -53,7 +52,7 @@ class Trial:
     settings: dict[str, Any]  # keys that win over them
     time_limit: float | None  # seconds of training and validation
     folder: str
-    modules: tuple[str, ...] = field(default=())  # to import first: they register models that are not of this package
+    modules: tuple[str, ...] = field(default=())  # to import first: they register losses and models
 
     def result(self) -> dict[str, Any]:
         """The result so far; its `state` says how far that is."""
@@ -118,8 +117,7 @@ def run(trial: Trial, stop_at: float, parallel: int, share: int) -> None:
     sys.argv = sys.argv[:1]  # RecBole's Config looks for keys there
     entry_points.share_threads(parallel)
     try:
-        for module in trial.modules:
-            importlib.import_module(module)
+        extensions.load_again(trial.modules)
         if trial.model not in registration.MODELS:
             order_exactly()
         train_and_test(Watch(trial, stop_at, share))

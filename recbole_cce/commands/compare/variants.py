@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from dataclasses import dataclass, replace
@@ -14,8 +13,8 @@ from recbole.config import Config
 from recbole.utils import argument_list
 
 from recbole_cce.errors import UserError
-from recbole_cce.nn.losses.registry import LOSSES
-from recbole_cce.plugin import checks, registration
+from recbole_cce.nn.losses.registry import LOSSES, declared
+from recbole_cce.plugin import config_checks, registration
 from recbole_cce.plugin.config_sources import read_yaml
 
 
@@ -41,8 +40,8 @@ def parse_variants(models: str, texts: list[str]) -> list[Variant]:
     if not variants:
         raise UserError("--models: '' is not valid; it takes names of models, separated by commas")
     for variant in variants:
-        checks.check_model(variant.model, "--models" if variant.name == variant.model else "--variant")
-        checks.check_flags([f"--{key}={value}" for key, value in variant.settings.items()], {}, variant.model)
+        config_checks.check_model(variant.model, "--models" if variant.name == variant.model else "--variant")
+        config_checks.check_flags([f"--{key}={value}" for key, value in variant.settings.items()], {}, variant.model)
         if "seed" in variant.settings:
             raise UserError(f"--variant: {variant.name!r} names a seed; --seeds has those of all models")
     names = [variant.name for variant in variants]
@@ -54,7 +53,7 @@ def parse_variants(models: str, texts: list[str]) -> list[Variant]:
 
 def parse_flags(flags: list[str], in_files: dict[str, Any], models: list[str]) -> dict[str, str]:
     """RecBole's keys from --key=value."""
-    checks.check_flags(flags, in_files, *models)
+    config_checks.check_flags(flags, in_files, *models)
     pairs = [flag[2:].split("=", 1) for flag in flags]
     settings: dict[str, str] = {}
     for key, value in pairs:
@@ -82,9 +81,9 @@ def parse_vary(texts: list[str], models: list[str]) -> dict[str, list[str]]:
         parts = re.split(r",(?![^\[({]*[\])}])", values)
         if not key or not all(parts) or len(set(parts)) < len(parts):
             raise UserError(f"--vary: {text!r} is not valid; it takes key:value,value,... with different values")
-        known = set().union(*map(checks.known_keys, models)) - {"seed"}
+        known = set().union(*map(config_checks.known_keys, models)) - {"seed"}
         if key not in known:
-            raise UserError(f"--vary: there is no key {key!r}{checks.nearest(key, known)}")
+            raise UserError(f"--vary: there is no key {key!r}{config_checks.nearest(key, known)}")
         if key in varied:
             raise UserError(f"--vary: {key} is there twice; it takes all its values at once")
         varied[key] = parts
@@ -110,14 +109,9 @@ def reads(config: Config, key: str) -> bool:
     # a key of negatives makes auto what reads them
     loss = LOSSES.get("CCE-" if config["loss_type"] == "auto" else config["loss_type"])
     loss = loss if model in registration.MODELS else None
-    if loss is not None and any(key in keys_of_loss(other) for other in LOSSES.values()):
-        return key in keys_of_loss(loss)
-    own = registration.MODELS.get(model, package / "model" / f"{model}.yaml")
-    files = [file for file in (own, package / "overall.yaml", package / "dataset" / "sample.yaml") if file.is_file()]
-    return key in argument_list.training_arguments or any(key in read_yaml(file) for file in files)
-
-
-def keys_of_loss(loss: type) -> set[str]:
-    """The keys that the code of a loss looks up."""
-    sources = [inspect.getsource(cls) for cls in loss.__mro__ if cls.__module__ == loss.__module__]
-    return set(re.findall(r'config\["(\w+)"\]', "\n".join(sources)))
+    if loss is not None and key in declared():
+        return key in loss.keys
+    if model in registration.MODELS and key in registration.defaults(model):
+        return True
+    files = [package / name for name in (f"model/{model}.yaml", "overall.yaml", "dataset/sample.yaml")]
+    return key in argument_list.training_arguments or any(key in read_yaml(file) for file in files if file.is_file())

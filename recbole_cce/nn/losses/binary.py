@@ -8,15 +8,24 @@ from typing import Any
 import torch
 
 from recbole_cce import ops
+from recbole_cce.keys import Key, real
+from recbole_cce.nn.losses.base import Buffers
 from recbole_cce.nn.losses.loss_sum import LossSum
+from recbole_cce.nn.losses.registry import register_loss
 from recbole_cce.nn.losses.sampled import SampledLoss
 from recbole_cce.ops.sampled_binary_cross_entropy import gbce_beta
 
 
+@register_loss("BCE")
 class BCE(SampledLoss):
     """Binary cross-entropy of SASRec with K negatives: ops.sampled_binary_cross_entropy."""
 
     positive_weight = 1.0
+
+    @classmethod
+    def buffers(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
+        """Log-sum-exp, slope and target of each position."""
+        return Buffers(kept=16 * positions, direction=True)
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:
         with self.precision(hidden.device):
@@ -33,8 +42,11 @@ class BCE(SampledLoss):
         return LossSum(mean, (target != 0).sum())
 
 
+@register_loss("gBCE")
 class GBCE(BCE):
     """Generalised binary cross-entropy of gSASRec (Petrov & Macdonald, RecSys 2023): BCE, its positive weighed."""
+
+    keys = BCE.keys | {"gbce_t": Key(0.75, real(0, 1), "calibration t")}
 
     def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
         super().__init__(config, counts)

@@ -9,19 +9,27 @@ from typing import Any
 import torch
 
 from recbole_cce import ops
-from recbole_cce.nn.losses.base import Loss, at_least_float32, of_targets
+from recbole_cce.keys import Key, flag, integer, one_of, real
+from recbole_cce.nn.losses.base import Buffers, Loss, at_least_float32, of_targets
 from recbole_cce.nn.losses.loss_sum import LossSum
+from recbole_cce.nn.losses.registry import register_loss
 from recbole_cce.ops import negatives
 
 
 class SampledLoss(Loss):
     """A loss over K negatives drawn from `negative_distribution`, shared as `negative_sharing` says."""
 
+    keys = Loss.keys | {
+        "num_negatives": Key(2048, integer(1, 65536), "negatives K per position"),
+        "negative_sharing": Key("tile", one_of("tile", "none", "batch"), "who shares one draw of K negatives"),
+        "negative_distribution": Key("uniform", one_of("uniform", "popularity"), "distribution q of the negatives"),
+        "negative_alpha": Key(1.0, real(0, 10), "q proportional to count^alpha (popularity)"),
+    }
+
     def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
         super().__init__(config, counts)
         self.num_negatives: int = config["num_negatives"]
         self.sharing: str = config["negative_sharing"]
-        self.logq_correction: bool = config["logq_correction"]
         self.sampler = (
             ops.Uniform()
             if config["negative_distribution"] == "uniform"
@@ -29,8 +37,26 @@ class SampledLoss(Loss):
         )
 
 
-class CCEMinus(SampledLoss):
+class SampledSoftmax(SampledLoss):
+    """A sampled loss whose negatives' logits are corrected for how likely they were drawn."""
+
+    keys = SampledLoss.keys | {
+        "logq_correction": Key(True, flag(), "subtract log(K q) from negative logits"),
+    }
+
+    def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
+        super().__init__(config, counts)
+        self.logq_correction: bool = config["logq_correction"]
+
+
+@register_loss("CCE-")
+class CCEMinus(SampledSoftmax):
     """Cross-entropy with negative sampling (arXiv 2509.09682): ops.sampled_cross_entropy."""
+
+    @classmethod
+    def buffers(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
+        """Log-sum-exp, slope and target of each position."""
+        return Buffers(kept=16 * positions, direction=True)
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:
         with self.precision(hidden.device):
@@ -47,7 +73,8 @@ class CCEMinus(SampledLoss):
         return LossSum(mean, (target != 0).sum())
 
 
-class CEMinus(SampledLoss):
+@register_loss("CE-")
+class CEMinus(SampledSoftmax):
     """The same number as CCE-, with the rows of all negatives in memory [N, K, D]: the paper's baseline."""
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:

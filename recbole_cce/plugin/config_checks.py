@@ -23,9 +23,10 @@ from recbole.evaluator.base_metric import LossMetric
 from recbole.evaluator.register import metric_types, metrics_dict
 from recbole.utils import FeatureType, ModelType, argument_list
 
+from recbole_cce import keys
 from recbole_cce.errors import UserError
-from recbole_cce.plugin import keys, registration
-from recbole_cce.plugin.config_sources import read_yaml
+from recbole_cce.keys import Values
+from recbole_cce.plugin import config_keys, registration
 
 RECBOLE = Path(recbole.__file__).parent
 KEY_IN_CODE = re.compile(r"""(?:(?<!_)config|final_config_dict)\[\s*["'](\w+)["']\s*\]""")
@@ -53,11 +54,11 @@ def final_config_dict(self: Config) -> dict[str, Any]:
     table = table_of(self.model, self.model_class, self.internal_config_dict)
     for key, value in self.external_config_dict.items():
         if value in ("", None) and key in table:
-            self.external_config_dict[key] = nothing(table[key][1], value)
+            self.external_config_dict[key] = nothing(table[key].accepts, value)
     config = _get_final_config_dict(self)
     keys.validate(config, table)
     if ours:
-        keys.validate_together(config)
+        config_keys.validate_together(config)
     check_evaluation(config, self.external_config_dict, self.model_class.type == ModelType.SEQUENTIAL)
     if "valid_metric" in self.external_config_dict:  # RecBole's default matters where a model is trained
         check_valid_metric(config)
@@ -70,18 +71,21 @@ def nothing(accepts: Any, value: str | None) -> str | None:
     return next((each for each in (None, "") if accepts(each)), value)
 
 
-def table_of(model: str, model_class: type, defaults: Mapping[str, Any]) -> dict[str, keys.Check]:
-    """What each key takes; a model's own keys, whose meaning is not known here, take values like their defaults."""
+def table_of(model: str, model_class: type, defaults: Mapping[str, Any]) -> dict[str, Values]:
+    """What each key takes; keys of a model that it does not declare take values like their defaults."""
     ours = model in registration.MODELS
-    table = keys.of_our_models() if ours else dict(keys.RECBOLE_KEYS)
+    table = dict(config_keys.RECBOLE_KEYS)
+    if ours:
+        of_model = {name: key.values for name, key in registration.declared(model_class).items()}
+        table = config_keys.of_our_models() | of_model
     if model_class.type == ModelType.SEQUENTIAL and not ours:
-        table |= {key: check for key, check in keys.SEQUENTIAL_KEYS.items() if key in defaults}
-    own = {key: keys.takes(value) for key, value in defaults.items() if key not in table}
-    table |= {key: check for key, check in own.items() if check is not None}
+        table |= {key: values for key, values in config_keys.SEQUENTIAL_KEYS.items() if key in defaults}
+    others = {key: config_keys.takes(value) for key, value in defaults.items() if key not in table}
+    table |= {key: values for key, values in others.items() if values is not None}
     of_recbole = model_class.__module__.startswith("recbole.")
     if of_recbole and "loss_type" in defaults and not hasattr(model_class, "input_type"):
         losses = f"CE or BPR, RecBole's losses; {', '.join(registration.MODELS)} have the others"
-        table["loss_type"] = losses, lambda value: value in ("CE", "BPR")
+        table["loss_type"] = Values(losses, lambda value: value in ("CE", "BPR"))
     return table
 
 
@@ -132,7 +136,7 @@ def check_valid_metric(config: Mapping[str, Any]) -> None:
 def check_columns(dataset: Dataset) -> None:
     """Raise a UserError for an option that names a column which no file has, or one of a type that it does not take."""
     columns = [column for column in (*dataset.field2type, dataset.label_field) if column]
-    aliases = [option for option in keys.RECBOLE_KEYS if option.startswith("alias_of_")]
+    aliases = [option for option in config_keys.RECBOLE_KEYS if option.startswith("alias_of_")]
     for option in (*aliases, "val_interval", "preload_weight", "numerical_features", "normalize_field"):
         for column in dataset.config[option] or ():
             if column not in columns:
@@ -141,13 +145,15 @@ def check_columns(dataset: Dataset) -> None:
                 raise UserError(f"{option}: {column!r} is not valid; it takes columns of tokens")
 
 
-def check_model(model: str, option: str = "--model") -> None:
-    """Raise a UserError with the nearest names where neither RecBole nor we have the model."""
+def check_model(model: str, option: str = "--model", else_do: str = "") -> None:
+    """Raise a UserError with the nearest names where neither RecBole nor we have the model; it ends with `else_do`."""
     known = set(registration.MODELS)
     for file in (RECBOLE / "model").glob("*_recommender/*.py"):
         known.update(re.findall(r"^class (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE))
     if model not in known:
-        raise UserError(f"{option}: there is no model {model!r}{nearest(str(model), known)}")
+        raise UserError(
+            f"{option}: there is no model {model!r}{nearest(str(model), known)}{else_do and f'; {else_do}'}"
+        )
 
 
 def check_dataset(dataset: Any) -> None:
@@ -184,8 +190,8 @@ def check_flags(flags: list[str], in_files: Iterable[str], *models: str) -> None
 
 def known_keys(model: str) -> set[str]:
     """Every configuration key that RecBole, one of its models, `model` or this package reads."""
-    own = set(read_yaml(registration.MODELS[model])) if model in registration.MODELS else set()
-    return own | set(keys.KEYS) | keys_of_recbole()
+    of_model = set(registration.defaults(model)) if model in registration.MODELS else set()
+    return of_model | set(config_keys.keys_of_package()) | keys_of_recbole()
 
 
 @functools.cache
@@ -193,11 +199,11 @@ def keys_of_recbole() -> frozenset[str]:
     """Keys of RecBole's YAML files and code; some stand in one of them only: encoding, tail_ratio, ..."""
     files = [RECBOLE / "properties" / "overall.yaml", RECBOLE / "properties" / "dataset" / "sample.yaml"]
     files += [*RECBOLE.glob("properties/model/*.yaml"), *RECBOLE.glob("properties/quick_start_config/*.yaml")]
-    keys = {key for file in files for key in re.findall(r"^(\w+)\s*:", file.read_text("utf-8"), re.MULTILINE)}
+    known = {key for file in files for key in re.findall(r"^(\w+)\s*:", file.read_text("utf-8"), re.MULTILINE)}
     for name in ("general", "training", "evaluation", "dataset"):
-        keys.update(getattr(argument_list, f"{name}_arguments"))
+        known.update(getattr(argument_list, f"{name}_arguments"))
     return frozenset(
-        keys
+        known
         | keys_in_code(tuple(RECBOLE.rglob("*.py")))
         | {"resume", "trust_checkpoint", "config_files", "group_offset"}
     )

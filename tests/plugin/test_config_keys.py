@@ -14,7 +14,7 @@ from recbole.data import create_dataset
 from recbole.quick_start import run_recbole
 
 from recbole_cce.errors import UserError
-from recbole_cce.plugin import checks, keys
+from recbole_cce.plugin import config_checks, config_keys, registration
 from recbole_cce.plugin.config_sources import literal
 from tests.conftest import write_inter
 
@@ -289,15 +289,17 @@ KEYS |= dict.fromkeys(
 
 
 def test_the_table_has_every_key():
-    assert set(KEYS) == set(keys.of_our_models())
+    assert set(KEYS) == set(config_keys.of_our_models())
     known = {
-        key for key in checks.keys_of_recbole() if key in yaml_keys("overall.yaml") | yaml_keys("dataset/sample.yaml")
+        key
+        for key in config_checks.keys_of_recbole()
+        if key in yaml_keys("overall.yaml") | yaml_keys("dataset/sample.yaml")
     }
-    assert known <= set(keys.RECBOLE_KEYS)
+    assert known <= set(config_keys.RECBOLE_KEYS)
 
 
 def yaml_keys(file):
-    return set(checks.read_yaml(checks.RECBOLE / "properties" / file))
+    return set(registration.read_yaml(config_checks.RECBOLE / "properties" / file))
 
 
 @pytest.mark.parametrize("model", ["SASRecCCE", "SASRecSCE"])
@@ -329,7 +331,7 @@ def test_wrong_values(tiny_config, key):
 
 
 @pytest.mark.parametrize("model", ["SASRec", "BPR"])
-@pytest.mark.parametrize("key", sorted(set(keys.RECBOLE_KEYS) - set(keys.SASREC_KEYS)))
+@pytest.mark.parametrize("key", sorted(set(config_keys.RECBOLE_KEYS) - set(config_keys.SASREC_KEYS)))
 def test_wrong_values_of_models_of_recbole(tiny_config, key, model):
     for value in KEYS[key][1]:
         if key == "repeatable" or value == {}:  # a general model has other defaults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -279,3 +280,28 @@ def test_page_of_losses_has_every_loss_and_its_keys():
     }
     for key in set(config_keys.keys_of_package()) - elsewhere:
         assert re.search(rf"\b{key}\b", page), key
+
+
+# The page of the architecture
+
+
+def defined(file: Path) -> set[str]:
+    """Classes, functions and methods of a file, methods with their class before them."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return names
+
+
+def test_steps_of_the_architecture_are_in_their_files():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    walks = [re.findall(r"^\d+\. `(\S+)`, `(\S+)`", part, re.MULTILINE) for part in text.split("\n## ")]
+    walks = [steps for steps in walks if steps]
+    assert len(walks) == 2 and all(1 < len(steps) <= 15 for steps in walks)
+    for file, name in [step for steps in walks for step in steps]:
+        assert name in defined(ROOT / file), f"{file}: {name}"
+    for file in re.findall(r"`(recbole_cce/\S+?\.py)`", text):
+        assert (ROOT / file).is_file(), file

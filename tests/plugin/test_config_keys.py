@@ -51,6 +51,7 @@ KEYS = {
     "loss_dtype": (["auto", "float32", "bfloat16", "float16"], DTYPES, "auto, float32, bfloat16, float16"),
     "cuda_graph": (["auto", True, False], ["Auto", 1, 0, None], "auto, True, False"),
     "checkpoint_interval": (["auto", 0, 0.5, 3600], ["never", -1, None, True, [1]], "a number >= 0 or auto"),
+    "accumulate_steps": ([1, 4, 1000], [*INTEGERS, "auto"], "an integer >= 1"),
     "compile_encoder": (["auto", True, False], ["Auto", 1, 0, None], "auto, True, False"),
     "amp_dtype": (["auto", "float32", "bfloat16", "float16"], DTYPES, "auto, float32, bfloat16, float16"),
     "num_negatives": ([1, 512, 65536], [*INTEGERS, 65537, "auto"], "an integer from 1 to 65536"),

@@ -55,7 +55,7 @@ class EfficientSASRec(BatchModel, SASRec):
             for parameter in self.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        self.item_embedding = ItemTable.of(self.item_embedding)
+        self.item_embedding: ItemTable = ItemTable.of(self.item_embedding)
         self.loss: nn.Module = LOSSES[self.loss_type](config, item_counts(dataset))
         self.catalogue = fingerprint(dataset.field2id_token[self.ITEM_ID])
         # added to the scores of items of the user's own history, by age; not a parameter, so that state dicts stay
@@ -79,10 +79,11 @@ class EfficientSASRec(BatchModel, SASRec):
             counts: of the batch, if the host knows them.
             packed, compiled: as of loss_sum().
         """
+        where: torch.Tensor | Packing
         if packed:
             # without counts it waits for the device
             where = pack(lengths, item_seq.size(1), counts.positions if counts else int(lengths.sum()))
-            items = F.pad(item_seq.flatten(), (0, 1))[where.index]
+            items = F.pad(item_seq.flatten(), (0, 1))[where.source]
         else:
             where, items = item_seq != 0, item_seq
         vectors, table = self.item_embedding.lookup(items)

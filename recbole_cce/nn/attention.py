@@ -45,7 +45,7 @@ def unpacked_attention(
     padded = (unpack(part, packing) for part in (query, key, value))
     context = padded_attention(*padded, dropout).flatten(0, 1)
     # a place without a position takes any
-    return context.index_select(0, packing.index.clamp(max=len(context) - 1))
+    return context.index_select(0, packing.source.clamp(max=len(context) - 1))
 
 
 def takes_own(query: torch.Tensor, width: int, dropout: float) -> bool:

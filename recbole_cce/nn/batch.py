@@ -78,7 +78,7 @@ def slots_of(where: torch.Tensor | Packing, row: torch.Tensor, position: torch.T
         position: [N] int64.
     """
     if isinstance(where, Packing):
-        return (where.starts[row] + position).clamp(max=len(where.index) - 1)  # a row of padding has no slot
+        return (where.starts[row] + position).clamp(max=len(where.source) - 1)  # a row of padding has no slot
     return row * where.size(1) + position
 
 

@@ -21,7 +21,8 @@ class ItemTable(nn.Embedding):
     @classmethod
     def of(cls, embedding: nn.Embedding) -> ItemTable:
         """A table on the numbers of an embedding whose row 0 is padding; no number is drawn or copied."""
-        return cls(*embedding.weight.shape, padding_idx=PADDING, _weight=embedding.weight.detach())
+        rows, width = embedding.weight.shape
+        return cls(rows, width, padding_idx=PADDING, _weight=embedding.weight.detach())
 
     def lookup(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors [..., D] of `items` [...], and the table [V+1, D] for a loss over it.
@@ -104,8 +105,8 @@ def chunked_topk(
     if added is not None:
         added_items, order = added[1].sort()
         added_users, addends = added[0][order], added[2][order]
-        bounds = torch.tensor([*starts, weight.size(0)], device=added_items.device)
-        bounds = torch.searchsorted(added_items, bounds).tolist()
+        ends = torch.tensor([*starts, weight.size(0)], device=added_items.device)
+        bounds = torch.searchsorted(added_items, ends).tolist()
     for i, start in enumerate(starts):
         scores = hidden @ weight[start : start + chunk_items].T
         if start <= padding_idx < start + chunk_items:

@@ -12,20 +12,20 @@ PACKED_SHARE = 0.5  # attention: auto packs a training batch of which at most so
 
 
 class Packing(NamedTuple):
-    """Where the positions of B right-padded rows are when the real ones stand one after another in P places.
+    """Where the positions of B right-padded rows are when the real ones stand one after another in P slots.
 
     P may be larger than their number: what is left over are further sequences of padding, which no other one sees.
 
     Attributes:
-        index: [P] int64, each place's position in the flattened rows [B * width]; B * width where nothing is left.
-        position: [P] int64, each place's position in its row.
-        starts: [B] int64, the first place of each row.
+        source: [P] int64, each slot's position in the flattened rows [B * width]; B * width where nothing is left.
+        position: [P] int64, each slot's position in its row.
+        starts: [B] int64, the first slot of each row.
         bounds: [B + ceil(P / width) + 1] int32, where sequences start, and P.
-        spans: [P, 2] int32, where each place's sequence starts and ends.
+        spans: [P, 2] int32, where each slot's sequence starts and ends.
         width: positions of a padded row.
     """
 
-    index: torch.Tensor
+    source: torch.Tensor
     position: torch.Tensor
     starts: torch.Tensor
     bounds: torch.Tensor
@@ -34,7 +34,7 @@ class Packing(NamedTuple):
 
     @property
     def from_end(self) -> torch.Tensor:
-        """[P] int64, how many places of its sequence come after each place."""
+        """[P] int64, how many slots of its sequence come after each slot."""
         return self.spans[:, 1] - 1 - torch.arange(len(self.spans), device=self.spans.device)
 
 
@@ -45,21 +45,21 @@ def packs(attention: str, positions: int | None, padded: int) -> bool:
     )
 
 
-def pack(lengths: torch.Tensor, width: int, places: int) -> Packing:
-    """The Packing of rows with `lengths` [B] real positions, at most `width` each and `places` in all; no wait for the
+def pack(lengths: torch.Tensor, width: int, slots: int) -> Packing:
+    """The Packing of rows with `lengths` [B] real positions, at most `width` each and `slots` in all; no wait for the
     device, as it is the caller who knows how many there are."""
     ends = lengths.cumsum(0)
-    left_over = torch.arange(1, 1 - (-places // width), device=lengths.device) * width
-    bounds = torch.cat([ends.new_zeros(1), ends, ends[-1] + left_over]).clamp(max=places).int()
-    row, spans = sequences(bounds, places)
-    position = torch.arange(places, device=lengths.device) - spans[:, 0]
-    index = (row * width + position).clamp(max=len(lengths) * width)
-    return Packing(index, position, ends - lengths, bounds, spans, width)
+    left_over = torch.arange(1, 1 - (-slots // width), device=lengths.device) * width
+    bounds = torch.cat([ends.new_zeros(1), ends, ends[-1] + left_over]).clamp(max=slots).int()
+    row, spans = sequences(bounds, slots)
+    position = torch.arange(slots, device=lengths.device) - spans[:, 0]
+    source = (row * width + position).clamp(max=len(lengths) * width)
+    return Packing(source, position, ends - lengths, bounds, spans, width)
 
 
 def unpack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Put packed [P, ...] values back to their places in [B, L, ...], zero elsewhere."""
+    """Put packed [P, ...] values back to their positions in [B, L, ...], zero elsewhere."""
     rows, shape = len(packing.starts), packed.shape[1:]
-    # one row more, for the places without a position
-    padded = packed.new_zeros(rows * packing.width + 1, *shape).index_copy(0, packing.index, packed)
+    # one row more, for the slots without a position
+    padded = packed.new_zeros(rows * packing.width + 1, *shape).index_copy(0, packing.source, packed)
     return padded[:-1].view(rows, packing.width, *shape)

@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
 from recbole_cce import ops
 from recbole_cce.nn.history import History
@@ -37,7 +36,7 @@ def age_group(age: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(age, AGES.to(age.device), right=True) - 1
 
 
-def fit(model: nn.Module, hidden: torch.Tensor, target: torch.Tensor, history: History) -> torch.Tensor:
+def fit(model: Any, hidden: torch.Tensor, target: torch.Tensor, history: History) -> torch.Tensor:
     """The numbers r [len(AGES)], fp32 on the CPU, that make the targets of training rows the likeliest.
 
     maximise  sum_i [ r(y_i) - log(sum_{j not own} e^{s_ij} + sum_{j own} e^{s_ij + r(j)}) ] - PRIOR/2 |r|^2

@@ -42,7 +42,7 @@ def encode(
         dtype, also between layers, with norms computed in fp32. On a CPU, and in fp32 with long rows, the attention
         product of packed ones is taken on padded rows.
     """
-    if attention == "recbole":
+    if attention == "recbole" and isinstance(where, torch.Tensor):
         return encoder(embedded, causal_mask(where), output_all_encoded_layers=False)[-1]
     packing = where if isinstance(where, Packing) else None
     hidden = embedded

@@ -17,6 +17,9 @@ class BatchModel:
     """
 
     train_targets: str
+    ITEM_SEQ: str
+    ITEM_SEQ_LEN: str
+    POS_ITEM_ID: str
 
     def loss_sum(self, batch: Batch, packed: bool = False, compiled: bool = False) -> LossSum:
         """The loss of a batch, over all positions that it trains.

@@ -15,7 +15,6 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.evaluator import collector as recbole_collector
 from recbole.evaluator import metrics
-from torch import nn
 
 from recbole_cce.nn.history import History
 from recbole_cce.nn.item_table import PADDING, ItemTable
@@ -34,7 +33,7 @@ class TopK(NamedTuple):
 
 
 def top_items(
-    model: nn.Module,
+    model: Any,
     rows: Interaction,
     k: int,
     chunk_items: int | str,
@@ -46,27 +45,25 @@ def top_items(
     Items of the history, where it is given, get the model's `repeat_bias`, or are left out with `exclude_seen`.
     """
     hidden = user_vectors(model, rows)
+    added = None
     if history is not None:
         if exclude_seen:
             addends = torch.full(history.age.shape, -torch.inf)
         else:
             addends = model.repeat_bias[age_group(history.age)]
-        added = tuple(part.to(hidden.device) for part in (history.row, history.item, addends))
-    return table_of(model).best(
-        hidden,
-        k,
-        auto_chunk_items(len(hidden)) if chunk_items == "auto" else chunk_items,
-        added=None if history is None else added,
-    )
+        device = hidden.device
+        added = history.row.to(device), history.item.to(device), addends.to(device)
+    chunk = auto_chunk_items(len(hidden)) if isinstance(chunk_items, str) else chunk_items
+    return table_of(model).best(hidden, k, chunk, added)
 
 
-def table_of(model: nn.Module) -> ItemTable:
+def table_of(model: Any) -> ItemTable:
     """The item table of a model, which may keep it as a plain embedding."""
     embedding = model.item_embedding
     return embedding if isinstance(embedding, ItemTable) else ItemTable.of(embedding)
 
 
-def user_vectors(model: nn.Module, rows: Interaction) -> torch.Tensor:
+def user_vectors(model: Any, rows: Interaction) -> torch.Tensor:
     """[users, D] hidden states after the lists of a batch, which is on the CPU; some rows at a time."""
     device = model.item_embedding.weight.device
     items, lengths = (rows[field].to(device) for field in (model.ITEM_SEQ, model.ITEM_SEQ_LEN))

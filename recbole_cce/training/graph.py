@@ -58,6 +58,7 @@ class GraphedStep:
             return self.warm_up()
         if self.graph is None:
             self.capture()
+        assert self.graph is not None and self.loss is not None
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         self.graph.replay()

@@ -131,11 +131,11 @@ class StandIn(nn.Module):
 
     def __init__(self, buffers: Buffers) -> None:
         super().__init__()
-        self.buffers = buffers
+        self.held = buffers
 
     def forward(self, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> LossSum:
         """As of a Loss."""
-        return LossSum(Hold.apply(hidden, weight, self.buffers), (target != 0).sum())
+        return LossSum(Hold.apply(hidden, weight, self.held), (target != 0).sum())
 
 
 class Hold(torch.autograd.Function):
@@ -170,10 +170,10 @@ class DryRun:
         items: V.
     """
 
-    def __init__(self, config: Config, model_class: type[nn.Module], items: int) -> None:
+    def __init__(self, config: Config, model_class: Callable[..., nn.Module], items: int) -> None:
         self.config, self.items = config, items
         self.fake = FakeTensorMode()
-        self.model = model_class(config, catalogue(config, 1))
+        self.model: Any = model_class(config, catalogue(config, 1))
         for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(self.fake.from_tensor(parameter)))
@@ -183,7 +183,7 @@ class DryRun:
             self.model.item_embedding = ItemTable(items + 1, config["hidden_size"], padding_idx=PADDING)
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
-                module.forward = functools.partial(fused_dropout, module.p)
+                module.forward = functools.partial(fused_dropout, module.p)  # type: ignore[method-assign]
         self.numbers = sum(parameter.numel() for parameter in self.model.parameters())
         self.kept = 4 * (1 + MOMENTS.get(str(config["learner"]).lower(), 2)) * self.numbers
 
@@ -202,14 +202,15 @@ class DryRun:
             return Memory(self.kept, 2**62, 0)
         loss = LOSSES[config["loss_type"]]
         seen = rows * length if n >= TRAINED_SHARE * rows * length else n
-        buffers = loss.buffers(config, seen, self.items, config["hidden_size"])
+        buffers = loss.holds(config, seen, self.items, config["hidden_size"])
         model.loss = loss(config, torch.empty(0)) if buffers is None else StandIn(buffers)
         model.loss.register_forward_pre_hook(live.enter_loss)
         model.loss.register_forward_hook(live.leave_loss)
         model.zero_grad()
         with self.fake, live:
-            column = [torch.empty(rows, dtype=torch.int64) for _ in range(3)]
-            batch = Batch(torch.empty(rows, length, dtype=torch.int64), *column, Counts(rows * length, n))
+            lengths, following, trained = (torch.empty(rows, dtype=torch.int64) for _ in range(3))
+            items = torch.empty(rows, length, dtype=torch.int64)
+            batch = Batch(items, lengths, following, trained, Counts(rows * length, n))
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = model.loss_sum(batch).mean
             live.part, live.gradient = "loss", model.item_embedding.weight.shape

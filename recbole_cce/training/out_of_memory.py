@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ USABLE = 0.9  # of the memory: the rest is lost to other processes, the CUDA con
 
 
 def training_advice(
-    config: Config, model_class: type[nn.Module], items: int, plan: StepPlan, peak: int, total: int
+    config: Config, model_class: Callable[..., nn.Module], items: int, plan: StepPlan, peak: int, total: int
 ) -> str:
     """Which keys to lower, and to what, after a training step ran out of memory.
 
@@ -57,11 +57,17 @@ def training_advice(
         shorter = replace(plan, length=number, counts=of_share(plan, number / plan.length))
         return dry_run.memory(shorter).peak
 
-    keys = {"train_batch_size": (plan.rows, rows), "MAX_ITEM_LIST_LENGTH": (plan.length, length)}
+    def of_loss(key: str) -> Callable[[int], int]:
+        return lambda number: dry_run.memory(plan, **{key: number}).peak
+
+    keys: dict[str, tuple[int, Callable[[int], int]]] = {
+        "train_batch_size": (plan.rows, rows),
+        "MAX_ITEM_LIST_LENGTH": (plan.length, length),
+    }
     if predicted.loss > predicted.encoder:  # what the loss holds may be made smaller, too
         for key in KEYS_OF_LOSS.get(config["loss_type"], ()):
             if config[key] != "auto":
-                keys[key] = config[key], lambda number, key=key: dry_run.memory(plan, **{key: number}).peak
+                keys[key] = config[key], of_loss(key)
     found = {key: (value, largest(cost, affordable, value)) for key, (value, cost) in keys.items() if value > 1}
     if scale > 1:  # what ran out at its first step may need more than it had asked for
         found = {key: (value, min(number, value // 2)) for key, (value, number) in found.items()}
@@ -80,7 +86,8 @@ def of_rows(plan: StepPlan, rows: int) -> Counts:
 
 def of_share(plan: StepPlan, share: float) -> Counts:
     """The counts of a plan of which a share is left."""
-    return Counts(*(max(1, math.ceil(share * number)) for number in plan.counts[:2]), fixed=True)
+    positions, targets = (max(1, math.ceil(share * number)) for number in plan.counts[:2])
+    return Counts(positions, targets, fixed=True)
 
 
 def evaluation_advice(

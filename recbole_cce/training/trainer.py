@@ -19,7 +19,7 @@ from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.trainer.trainer import Trainer
 from recbole.utils import EvaluatorType, get_gpu_usage, set_color
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from tqdm import tqdm
 
@@ -53,7 +53,7 @@ class EfficientTrainer(Trainer):
     are the scores.
     """
 
-    def __init__(self, config: Config, model: nn.Module) -> None:
+    def __init__(self, config: Config, model: Any) -> None:
         super().__init__(config, model)
         needed = self.eval_collector.register.need
         if max(config["topk"]) >= model.n_items and (needed("rec.items") or needed("rec.topk")):
@@ -73,8 +73,8 @@ class EfficientTrainer(Trainer):
             # it has made the processes begin with the same parameters; what it would do to gradients is done here
             del self.distributed_model
         self.accumulate_steps: int = config["accumulate_steps"] or 1
-        self.prepared_for: tuple[Any, Callable] | None = None  # loader and loss that the next five belong to
-        self.plan: StepPlan | None = None
+        self.plan: StepPlan  # made with them
+        self.prepared_for: tuple[Any, Callable | None] | None = None  # loader and loss that the next five belong to
         self.graphed_step: GraphedStep | None = None
         self.n_targets = 0
         self.resident: LeanSequentialDataset | None = None  # makes batches on the GPU
@@ -83,6 +83,7 @@ class EfficientTrainer(Trainer):
         self.random_states: list[dict[str, Any]] = []  # of each process
         self.resumed: dict[str, Any] | None = None
         self.valid_result: dict[str, float] | None = None
+        self.best_valid_result: dict[str, float] | None = None
         self.saves = False
         self.trained_epoch = self.saved_epoch = self.fitted_epoch = -1
         self.writer = checkpoint.Writer()
@@ -228,6 +229,7 @@ class EfficientTrainer(Trainer):
             total: positions that the step's mean is over; None: those of this batch, in all processes.
         """
         if ROW_NUMBER in interaction:
+            assert self.resident is not None  # it has given the numbers
             interaction = self.resident.batch(interaction[ROW_NUMBER])
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype != torch.float32):
             loss = self._loss_sum(loss_func, interaction, counts)
@@ -287,6 +289,7 @@ class EfficientTrainer(Trainer):
     def _counts(self, train_data: Any, interaction: Interaction) -> Counts:
         """Of a batch on the CPU."""
         if ROW_NUMBER in interaction:
+            assert self.sizes is not None
             return Counts(*self.sizes[:, interaction[ROW_NUMBER] - 1].sum(1).tolist())
         return train_data.dataset.counts(interaction)
 
@@ -606,14 +609,14 @@ def random_state(device: torch.device, generator: torch.Generator | None) -> dic
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "train_data": None if generator is None else generator.get_state(),
     }
 
 
-def set_random_state(state: dict[str, Any], device: torch.device, generator: torch.Generator) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device, generator: torch.Generator | None) -> None:
     """Undo random_state()."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
@@ -621,5 +624,5 @@ def set_random_state(state: dict[str, Any], device: torch.device, generator: tor
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
-    if state["train_data"] is not None:
+    if state["train_data"] is not None and generator is not None:
         generator.set_state(state["train_data"])

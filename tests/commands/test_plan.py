@@ -38,7 +38,7 @@ def memory(loss_type: str, rows: int, negatives: int, shape: Shape = SMALL) -> M
 def buffers(loss_type: str, n: int, shape: Shape) -> Buffers:
     """What a loss with its default keys says that it holds of n positions."""
     config = {name: key.default for name, key in LOSSES[loss_type].keys.items()}
-    return LOSSES[loss_type].buffers(config, n, shape.items, shape.hidden)
+    return LOSSES[loss_type].holds(config, n, shape.items, shape.hidden)
 
 
 def peak(loss_type: str, rows: int = 400, negatives: int = 32, shape: Shape = SMALL) -> int:

@@ -56,7 +56,7 @@ class Loss(nn.Module):
     counts_targets: ClassVar[bool] = True
 
     @classmethod
-    def buffers(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers | None:
+    def holds(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers | None:
         """What a step holds of this loss, for `plan`; None: whatever its plain torch does, which `plan` runs.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,7 +23,7 @@ class BCE(SampledLoss):
     positive_weight = 1.0
 
     @classmethod
-    def buffers(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
+    def holds(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
         """Log-sum-exp, slope and target of each position."""
         return Buffers(kept=16 * positions, direction=True)
 
@@ -46,7 +46,7 @@ class BCE(SampledLoss):
 class GBCE(BCE):
     """Generalised binary cross-entropy of gSASRec (Petrov & Macdonald, RecSys 2023): BCE, its positive weighed."""
 
-    keys = BCE.keys | {"gbce_t": Key(0.75, real(0, 1), "calibration t")}
+    keys: ClassVar[Mapping[str, Key]] = {**BCE.keys, "gbce_t": Key(0.75, real(0, 1), "calibration t")}
 
     def __init__(self, config: Mapping[str, Any], counts: torch.Tensor) -> None:
         super().__init__(config, counts)

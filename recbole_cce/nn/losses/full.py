@@ -31,7 +31,7 @@ class CCE(Loss):
     """Full cross-entropy, exact, without the logits: ops.linear_cross_entropy."""
 
     @classmethod
-    def buffers(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
+    def holds(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
         """Hidden states and table in 16 bits; log-sum-exp, slope, order and target of each position."""
         kept = 2 * width * (positions + items + 1) + 20 * positions
         return Buffers(kept=kept, keeps_hidden=False, direction=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 
 Ratio = tuple[torch.Tensor, torch.Tensor]
 
 
-class LossSum(NamedTuple):
+@dataclass(frozen=True)
+class LossSum:
     """A sum of losses over positions, kept as their mean and their number.
 
     Sums of several batches or processes add up to the loss of all their positions together, which means of batches
@@ -25,7 +26,7 @@ class LossSum(NamedTuple):
 
     mean: torch.Tensor
     count: torch.Tensor
-    statistics: Mapping[str, Ratio] = {}
+    statistics: Mapping[str, Ratio] = field(default_factory=dict)
 
     @classmethod
     def of_positions(cls, loss: torch.Tensor, target: torch.Tensor) -> LossSum:
@@ -59,7 +60,7 @@ class LossSum(NamedTuple):
 
     def detached(self) -> LossSum:
         """The same numbers without the graph that made them."""
-        return self._replace(mean=self.mean.detach())
+        return replace(self, mean=self.mean.detach())
 
     def copied(self) -> LossSum:
         """The same numbers in other memory."""

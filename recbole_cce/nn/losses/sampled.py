@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,7 +19,8 @@ from recbole_cce.ops import negatives
 class SampledLoss(Loss):
     """A loss over K negatives drawn from `negative_distribution`, shared as `negative_sharing` says."""
 
-    keys = Loss.keys | {
+    keys: ClassVar[Mapping[str, Key]] = {
+        **Loss.keys,
         "num_negatives": Key(2048, integer(1, 65536), "negatives K per position"),
         "negative_sharing": Key("tile", one_of("tile", "none", "batch"), "who shares one draw of K negatives"),
         "negative_distribution": Key("uniform", one_of("uniform", "popularity"), "distribution q of the negatives"),
@@ -40,7 +41,8 @@ class SampledLoss(Loss):
 class SampledSoftmax(SampledLoss):
     """A sampled loss whose negatives' logits are corrected for how likely they were drawn."""
 
-    keys = SampledLoss.keys | {
+    keys: ClassVar[Mapping[str, Key]] = {
+        **SampledLoss.keys,
         "logq_correction": Key(True, flag(), "subtract log(K q) from negative logits"),
     }
 
@@ -54,7 +56,7 @@ class CCEMinus(SampledSoftmax):
     """Cross-entropy with negative sampling (arXiv 2509.09682): ops.sampled_cross_entropy."""
 
     @classmethod
-    def buffers(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
+    def holds(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
         """Log-sum-exp, slope and target of each position."""
         return Buffers(kept=16 * positions, direction=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,7 +28,8 @@ class SCE(Loss):
 
     counts_targets = False
 
-    keys = Loss.keys | {
+    keys: ClassVar[Mapping[str, Key]] = {
+        **Loss.keys,
         "n_buckets": Key("auto", integer(1, auto=True), "number of buckets; auto: int(2 sqrt(positions))"),
         "bucket_size_x": Key("auto", integer(1, auto=True), "positions per bucket; auto: n_buckets' rule"),
         "bucket_size_y": Key("auto", integer(1, auto=True), f"items per bucket; auto: {ITEMS_IN_BUCKET:,}"),
@@ -36,7 +37,7 @@ class SCE(Loss):
     }
 
     @classmethod
-    def buffers(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
+    def holds(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
         """Keys of the selection, 64 MiB at most; the table in 16 bits, if buckets take as many rows; the buckets'
         positions and items; loss, own logit, best bucket and target of each position; the positions that won in each
         bucket."""
@@ -74,7 +75,7 @@ class SCE(Loss):
 
 def sized(size: int | str, positions: int) -> int:
     """What n_buckets or bucket_size_x is for so many positions."""
-    return max(1, auto_size(positions)) if size == "auto" else size
+    return max(1, auto_size(positions)) if isinstance(size, str) else size
 
 
 def items_in_bucket(config: Mapping[str, Any]) -> int:

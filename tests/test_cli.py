@@ -21,10 +21,10 @@ from recbole.config import Config
 from recbole.utils import url
 
 from recbole_cce import cli
+from recbole_cce.nn import item_table
 from recbole_cce.ops import linear_cross_entropy
 from recbole_cce.plugin import config_checks, config_keys, entry_points, registration, repairs
 from recbole_cce.plugin.saved_config import rebuilt
-from recbole_cce.training import evaluation
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python
 
@@ -354,7 +354,7 @@ def test_a_mistake_in_a_fresh_process(tmp_path, tiny):
     [
         (
             RuntimeError,
-            lambda: evaluation.chunked_topk(torch.ones(2, 3), torch.ones(4, 5), 1, 2),
+            lambda: item_table.chunked_topk(torch.ones(2, 3), torch.ones(4, 5), 1, 2),
         ),  # torch, called by us
         (ValueError, lambda: linear_cross_entropy(torch.ones(2), torch.ones(2, 2), torch.ones(2))),  # a raise of ours
         (TypeError, lambda: evaluation.auto_chunk_items("many")),

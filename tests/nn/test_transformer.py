@@ -56,7 +56,7 @@ def run(module, embedded, valid, attention, left_over=0):
         return encode(module, embedded, valid, attention)
     packing = pack(valid.sum(1), valid.size(1), int(valid.sum()) + left_over)
     filler = embedded.new_full((1, embedded.size(-1)), 7.0)
-    packed = torch.cat([embedded.flatten(0, 1), filler])[packing.index]
+    packed = torch.cat([embedded.flatten(0, 1), filler])[packing.source]
     return unpack(encode(module, packed, packing), packing)
 
 
@@ -152,7 +152,7 @@ def test_packing(left_over):
     lengths, width = [3, 0, 5, 1, 0], 5
     packing = pack(torch.tensor(lengths), width, 9 + left_over)
     nowhere = [5 * width] * left_over
-    assert packing.index.tolist() == [0, 1, 2, 10, 11, 12, 13, 14, 15, *nowhere]
+    assert packing.source.tolist() == [0, 1, 2, 10, 11, 12, 13, 14, 15, *nowhere]
     assert packing.position.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, *[place % width for place in range(left_over)]]
     assert packing.starts.tolist() == [0, 3, 3, 8, 9]
     bounds = packing.bounds.tolist()

@@ -14,8 +14,9 @@ from recbole.evaluator import collector as recbole_collector
 from recbole.evaluator import metrics as recbole_metrics
 
 from recbole_cce.nn.history import History
+from recbole_cce.nn.item_table import chunked_topk
 from recbole_cce.training import evaluation
-from recbole_cce.training.evaluation import auto_chunk_items, chunked_topk
+from recbole_cce.training.evaluation import auto_chunk_items
 from tests.build import experiment
 from tests.conftest import write_inter
 from tests.data.test_dataset import SPLITS, ranked_rows

@@ -43,7 +43,7 @@ class Memory:
     """Bytes at the worst moment of a step.
 
     Attributes:
-        parameters: with the optimizer's moments, the average of the weights and, where the table's gradient exists then, that.
+        parameters: with the optimizer's moments, their average and, where the table's gradient exists then, that.
         encoder: activations, their gradients, those of the encoder's parameters, the batch, cuBLAS.
         loss: what the loss holds beyond gradients.
     """

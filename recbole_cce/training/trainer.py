@@ -46,7 +46,8 @@ class EfficientTrainer(Trainer):
     What differs from RecBole's: autocast in `amp_dtype`, gradients unscaled before they are clipped, no wait of its
     own for the device in a step, batches made on the GPU from row numbers, small steps launched as one CUDA graph
     (`cuda_graph`), torch.compile of the encoder (`compile_encoder`), weights averaged over the last part of training
-    (`weight_average`), checkpoints from which a run goes on exactly, full ranking in chunks of `eval_chunk_items`, metrics over the users of all processes.
+    (`weight_average`), checkpoints from which a run goes on exactly, full ranking in chunks of `eval_chunk_items`,
+    metrics over the users of all processes.
 
     Of a model it needs, besides what RecBole's does: `loss`, one of LOSSES, `loss_sum` and `batch` of a BatchModel,
     `item_embedding`, and `forward` of lists and lengths that gives vectors whose inner products with `item_embedding`

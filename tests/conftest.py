@@ -73,7 +73,7 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def tiny_config(tiny):
-    """A quick configuration for run_recbole and Config on `tiny`, on the CPU."""
+    """A quick configuration for run_recbole and Config on `tiny`, on the CPU: RecBole's SASRec in what a step does."""
     return {
         "data_path": str(tiny),
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
@@ -89,4 +89,6 @@ def tiny_config(tiny):
         "learning_rate": 0.002,
         "hidden_dropout_prob": 0.5,
         "num_negatives": 8,
+        "positions": "start",
+        "weight_average": "none",
     }

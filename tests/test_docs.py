@@ -275,6 +275,7 @@ def test_page_of_losses_has_every_loss_and_its_keys():
         "adam_betas",
         "positions",
         "repeat_bias",
+        "weight_average",
         "exclude_seen",
         "eval_chunk_items",
     }

@@ -38,6 +38,10 @@ def _betas(value: Any) -> bool:
     return is_list(value, lambda beta: is_number(beta) and 0 <= beta < 1) and len(value) == 2
 
 
+def _share(value: Any) -> bool:
+    return value in ("auto", "none") or (is_number(value) and 0 < value <= 1)
+
+
 def _columns(value: Any) -> bool:
     # of each file (by its suffix) a list of columns, or all of them
     return is_mapping(value, lambda names: names == "*" or is_list(names, is_text) or names == [])
@@ -165,6 +169,12 @@ PACKAGE_KEYS: dict[str, Key] = {
         None,
         real(0, auto=True),
         "seconds between two files of a run at least; auto: so many that saving takes a twentieth of its time at most",
+    ),
+    "weight_average": Key(
+        None,
+        Values("auto, none or a number above 0 and at most 1", _share),
+        "average the weights over the last part of training, so large a share of it, for validation, test and files; "
+        "auto: 0.1 up to 67 million parameters",
     ),
     "adam_betas": Key(
         None, Values("two numbers in [0, 1), such as [0.9, 0.98]", _betas), "beta1 and beta2 of adam and adamw"

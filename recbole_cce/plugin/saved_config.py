@@ -110,7 +110,7 @@ MAY_DIFFER = dict.fromkeys(
             "shuffle",
         ),
         *("hidden_dropout_prob", "attn_dropout_prob", "amp_dtype", "loss_dtype", "enable_amp", "enable_scaler"),
-        *("num_negatives", "negative_sharing", "n_buckets", "bucket_size_x", "bucket_size_y"),
+        *("num_negatives", "negative_sharing", "n_buckets", "bucket_size_x", "bucket_size_y", "weight_average"),
     ),
     APPLIED,
 )

@@ -28,6 +28,7 @@ from recbole_cce.nn.batch import TRAINED_SHARE, Batch, Counts
 from recbole_cce.nn.item_table import PADDING, ItemTable
 from recbole_cce.nn.losses import LOSSES, Buffers
 from recbole_cce.nn.losses.loss_sum import LossSum
+from recbole_cce.training import average
 from recbole_cce.training.step_plan import StepPlan
 
 # in a backward pass that a mode watches, autograd makes a new tensor where it would write into the first argument
@@ -42,7 +43,7 @@ class Memory:
     """Bytes at the worst moment of a step.
 
     Attributes:
-        parameters: with Adam's moments and, where the table's gradient exists then, that.
+        parameters: with the optimizer's moments, their average and, where the table's gradient exists then, that.
         encoder: activations, their gradients, those of the encoder's parameters, the batch, cuBLAS.
         loss: what the loss holds beyond gradients.
     """
@@ -185,7 +186,9 @@ class DryRun:
             if isinstance(module, nn.Dropout):
                 module.forward = functools.partial(fused_dropout, module.p)  # type: ignore[method-assign]
         self.numbers = sum(parameter.numel() for parameter in self.model.parameters())
-        self.kept = 4 * (1 + MOMENTS.get(str(config["learner"]).lower(), 2)) * self.numbers
+        copies = 1 + MOMENTS.get(str(config["learner"]).lower(), 2)
+        copies += average.share(config["weight_average"], self.numbers) is not None
+        self.kept = 4 * copies * self.numbers
 
     def memory(self, plan: StepPlan, **settings: Any) -> Memory:
         """Memory of a step; `settings` are keys of the loss that differ from the configuration's.

@@ -30,7 +30,7 @@ from recbole_cce.nn import repeats
 from recbole_cce.nn.batch import Counts
 from recbole_cce.nn.losses.loss_sum import LossSum
 from recbole_cce.plugin.repairs import checkpoint_state, share_file_name
-from recbole_cce.training import checkpoint, interrupts, out_of_memory
+from recbole_cce.training import average, checkpoint, interrupts, out_of_memory
 from recbole_cce.training.batch_model import BatchModel
 from recbole_cce.training.evaluation import TopK, auto_chunk_items, top_items, user_vectors
 from recbole_cce.training.graph import GraphedStep, on_device
@@ -45,8 +45,9 @@ class EfficientTrainer(Trainer):
 
     What differs from RecBole's: autocast in `amp_dtype`, gradients unscaled before they are clipped, no wait of its
     own for the device in a step, batches made on the GPU from row numbers, small steps launched as one CUDA graph
-    (`cuda_graph`), torch.compile of the encoder (`compile_encoder`), checkpoints from which a run goes on exactly, full
-    ranking in chunks of `eval_chunk_items`, metrics over the users of all processes.
+    (`cuda_graph`), torch.compile of the encoder (`compile_encoder`), weights averaged over the last part of training
+    (`weight_average`), checkpoints from which a run goes on exactly, full ranking in chunks of `eval_chunk_items`,
+    metrics over the users of all processes.
 
     Of a model it needs, besides what RecBole's does: `loss`, one of LOSSES, `loss_sum` and `batch` of a BatchModel,
     `item_embedding`, and `forward` of lists and lengths that gives vectors whose inner products with `item_embedding`
@@ -73,6 +74,8 @@ class EfficientTrainer(Trainer):
             # it has made the processes begin with the same parameters; what it would do to gradients is done here
             del self.distributed_model
         self.accumulate_steps: int = config["accumulate_steps"] or 1
+        share = average.share(config["weight_average"], sum(each.numel() for each in model.parameters()))
+        self.average = None if share is None else average.WeightAverage(model, share)
         self.plan: StepPlan  # made with them
         self.prepared_for: tuple[Any, Callable | None] | None = None  # loader and loss that the next five belong to
         self.graphed_step: GraphedStep | None = None
@@ -119,6 +122,8 @@ class EfficientTrainer(Trainer):
             UserError: a loss was NaN; names the first such step. The last checkpoint is from before.
         """
         self._save_last()  # the epoch before: only now its validation is over
+        if self.average is not None:
+            self.average.hide()
         self.model.train()
         if self.distributed and train_data.shuffle:
             train_data.sampler.set_epoch(epoch_idx)
@@ -146,6 +151,8 @@ class EfficientTrainer(Trainer):
         if means.isnan().any():
             step = int(means.isnan().nonzero()[0])
             raise UserError(f"training loss is nan in epoch {epoch_idx}, first at step {step} of {len(means)}")
+        if self.average is not None:
+            self.average.show()
         for name, value in statistics.items():
             self.logger.info(
                 set_color(f"epoch {epoch_idx} {self.model.loss_type}", "green")
@@ -193,6 +200,8 @@ class EfficientTrainer(Trainer):
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.step()
         return loss
 
     def _accumulate(
@@ -516,6 +525,7 @@ class EfficientTrainer(Trainer):
             "scaler": self.scaler.state_dict(),
             "random_states": self.random_states,
             "best_valid_result": self.best_valid_result,
+            "weight_average": self.average and self.average.state(),
         }
 
     def resume_checkpoint(self, resume_file: str) -> None:
@@ -533,6 +543,11 @@ class EfficientTrainer(Trainer):
             raise UserError(f"{resume_file} does not fit this model's settings: {error}") from error
         if state.get("best_valid_result") is not None and not best.is_file():
             raise UserError(f"{resume_file} needs {best} beside it, the best epoch of the same run")
+        if (averaged := state.get("weight_average")) is not None:
+            if self.average is None:
+                average.load_running(self.model, averaged)
+            else:
+                self.average.load(averaged)
         self.saved_model_file = str(best)
         self.trained_epoch = self.saved_epoch = state["epoch"]
         self.newest = Path(resume_file), state["epoch"]

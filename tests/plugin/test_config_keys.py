@@ -61,6 +61,11 @@ KEYS = {
     "logq_correction": ([True, False], FLAGS, "True, False"),
     "exclude_seen": ([True, False], FLAGS, "True, False"),
     "positions": (["start", "end"], ["first", "", None, True], "start, end"),
+    "weight_average": (
+        ["auto", "none", 0.1, 1],
+        ["Auto", "", 0, -0.1, 1.5, None, True, [0.1], float("nan")],
+        "auto, none or a number above 0 and at most 1",
+    ),
     "repeat_bias": (["auto", "learned", "none"], ["Auto", "", None, True, 0.5], "auto, learned, none"),
     "mix_x": ([True, False], FLAGS, "True, False"),
     "n_buckets": (["auto", 1, 10_000], INTEGERS, "an integer >= 1 or auto"),

@@ -64,6 +64,47 @@ def test_another_recbole_is_refused(monkeypatch):
         arrival.require()
 
 
+ORDERS = {
+    "ours first": ("import recbole_cce", "import recbole.quick_start"),
+    "the package of RecBole first": ("import recbole", "import recbole_cce", "import recbole.quick_start"),
+    "a room of ours first": ("import recbole_cce.plugin.entry_points", "import recbole.quick_start"),
+    "ops first": ("import recbole_cce.ops", "import recbole.quick_start"),
+    "registering first": ("from recbole_cce import register_model", "import recbole.quick_start"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_repairs_come_before_the_modules_of_recbole(order):
+    """Whichever of the two is imported first."""
+    watch = """
+import sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "recbole.trainer.trainer":
+            print("quick_start" in sys.modules, "numpy_aliases" in sys.modules["recbole_cce.plugin.repairs"].ACTIVE)
+
+sys.meta_path.insert(0, Watch())
+"""
+    tell = """
+from recbole_cce.plugin import registration, repairs
+from recbole.quick_start import load_data_and_model
+print(sorted(repairs.ACTIVE), list(registration.MODELS), load_data_and_model.__module__)
+"""
+    lines = output(watch + "\n".join(order) + tell).splitlines()
+    aliases = "numpy_aliases" in repairs.ACTIVE
+    models = ["SASRecCCE", "SASRecSCE", "Cooccurrence"]
+    assert lines == [f"False {aliases}", f"{sorted(repairs.ACTIVE)} {models} recbole_cce.plugin.entry_points"]
+
+
+def test_too_late_is_refused():
+    process = python("-c", "import recbole.config, recbole_cce")
+    assert process.stderr.splitlines()[-1] == (
+        "ImportError: modules of RecBole have run before they could be repaired, the first is recbole.config: import "
+        "recbole_cce before them"
+    )
+
+
 IMPORT = """
 import os
 import sys

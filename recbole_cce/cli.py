@@ -14,16 +14,14 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pandas as pd
-import recbole
 import torch
-from recbole.config import Config
 
 import recbole_cce
-from recbole_cce import errors, ops
+from recbole_cce import arrival, errors, ops
 from recbole_cce.commands import plan, recommend
 from recbole_cce.commands.compare import runs
 from recbole_cce.distributed.processes import RankFailed
@@ -39,6 +37,9 @@ from recbole_cce.plugin import (
     saved_config,
 )
 from recbole_cce.training import checkpoint, interrupts
+
+if TYPE_CHECKING:
+    from recbole.config import Config  # its modules are imported after its repairs
 
 EXAMPLES = """examples:
   %(prog)s                                                SASRecCCE on the ml-100k that RecBole ships
@@ -401,7 +402,7 @@ def doctor() -> str:
     except ImportError as error:
         triton_version = f"not importable ({error})"
     lines = [
-        f"recbole-cce {recbole_cce.__version__}   RecBole {recbole.__version__}",
+        f"recbole-cce {recbole_cce.__version__}   RecBole {arrival.RECBOLE_VERSION}",
         f"Python {platform.python_version()}   torch {torch.__version__}   triton {triton_version}",
         f"NumPy {np.__version__}   pandas {pd.__version__}",
     ]

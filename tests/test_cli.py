@@ -22,10 +22,10 @@ from recbole.utils import url
 
 from recbole_cce import cli
 from recbole_cce.nn import item_table
-from recbole_cce.training import evaluation
 from recbole_cce.ops import linear_cross_entropy
 from recbole_cce.plugin import config_checks, config_keys, entry_points, registration, repairs
 from recbole_cce.plugin.saved_config import rebuilt
+from recbole_cce.training import evaluation
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -10,14 +12,9 @@ from torch.nn import functional as F
 from recbole_cce.nn.packing import Packing, unpack
 from recbole_cce.ops.backend import before_ampere, kernel_unavailable
 
-try:
-    from torch.nn.attention.varlen import varlen_attn  # torch 2.10
-except ImportError:
-    varlen_attn = None
-else:  # the option's name and form changed since
-    parameters = inspect.signature(varlen_attn).parameters
-    CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
-
+# torch's attention over sequences of their own lengths and its option for a causal one, once has_varlen() is true
+varlen_attn: Callable[..., torch.Tensor] | None = None
+CAUSAL: dict[str, Any] = {}
 
 # bytes of a number -> the longest rows for which our kernels are the fastest; fp32 has no tensor cores there
 OWN_WIDTH = {2: 100, 4: 50}
@@ -44,7 +41,7 @@ def unpacked_attention(
     """Causal attention on packed [P, heads, D / heads], taken on padded rows."""
     padded = (unpack(part, packing) for part in (query, key, value))
     context = padded_attention(*padded, dropout).flatten(0, 1)
-    # a place without a position takes any
+    # a slot without a position takes any
     return context.index_select(0, packing.source.clamp(max=len(context) - 1))
 
 
@@ -60,14 +57,30 @@ def takes_variable_lengths(query: torch.Tensor, dropout: float) -> bool:
     """Whether torch's attention over sequences of their own lengths takes [P, heads, D / heads]."""
     size = query.size(-1)
     return (
-        varlen_attn is not None
-        and dropout == 0
+        dropout == 0
         and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and size % 8 == 0
         and size <= 256
         and not before_ampere(query.device)
+        and has_varlen()
     )
+
+
+def has_varlen() -> bool:
+    """Whether torch has the op, which is loaded now: torch._dynamo comes with it, which takes as long as torch."""
+    global varlen_attn, CAUSAL
+    if varlen_attn is None:
+        try:
+            from torch.nn.attention.varlen import varlen_attn  # torch 2.10
+        except ImportError:
+            return False
+        parameters = inspect.signature(varlen_attn).parameters  # the option's name and form changed since
+        CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    return True
+
+
+has_varlen._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports torch._dynamo
 
 
 def causal_mask(valid: torch.Tensor) -> torch.Tensor:

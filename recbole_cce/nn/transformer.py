@@ -10,7 +10,6 @@ positions of all sequences stand one after another, and no layer sees another on
 from __future__ import annotations
 
 import torch
-from recbole.model.layers import FeedForward, MultiHeadAttention, TransformerEncoder
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +26,7 @@ from recbole_cce.ops import packed_attention
 
 
 def encode(
-    encoder: TransformerEncoder, embedded: torch.Tensor, where: torch.Tensor | Packing, attention: str = "sdpa"
+    encoder: nn.Module, embedded: torch.Tensor, where: torch.Tensor | Packing, attention: str = "sdpa"
 ) -> torch.Tensor:
     """Run RecBole's TransformerEncoder causally.
 
@@ -54,7 +53,7 @@ def encode(
 
 
 def encode_original(
-    encoder: TransformerEncoder, norm: nn.LayerNorm, embedded: torch.Tensor, where: torch.Tensor | Packing
+    encoder: nn.Module, norm: nn.LayerNorm, embedded: torch.Tensor, where: torch.Tensor | Packing
 ) -> torch.Tensor:
     """As encode(), in the order of the original SASRec (Kang & McAuley, ICDM 2018, and their code).
 
@@ -87,9 +86,7 @@ def add_and_norm(norm: nn.LayerNorm, output: torch.Tensor, hidden: torch.Tensor)
     return norm(residual.to(norm.weight.dtype)).to(output.dtype)
 
 
-def attend(
-    block: MultiHeadAttention, hidden: torch.Tensor, memory: torch.Tensor, packing: Packing | None
-) -> torch.Tensor:
+def attend(block: nn.Module, hidden: torch.Tensor, memory: torch.Tensor, packing: Packing | None) -> torch.Tensor:
     """Attention of `hidden` on `memory`, both [B, L, D] or packed [P, D], before dropout, residual and norm."""
     dropout = block.attn_dropout.p if block.training else 0.0
     heads = (block.num_attention_heads, -1)
@@ -112,13 +109,13 @@ def attend(
     return block.dense(context.flatten(-2))
 
 
-def feed_forward(block: FeedForward, hidden: torch.Tensor) -> torch.Tensor:
+def feed_forward(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """RecBole's feed-forward block."""
     inner = block.intermediate_act_fn(block.dense_1(hidden))
     return add_and_norm(block.LayerNorm, block.dropout(block.dense_2(inner)), hidden)
 
 
-def fuse_gelu(encoder: TransformerEncoder) -> None:
+def fuse_gelu(encoder: nn.Module) -> None:
     """Make the GELU of RecBole's layers one operation instead of five, with the same result."""
     for layer in encoder.layer:
         block = layer.feed_forward

@@ -28,28 +28,11 @@ import pandas as pd
 import scipy.sparse
 import torch
 
+from recbole_cce import arrival
 from recbole_cce.distributed import seeds
 from recbole_cce.errors import UserError
 
-RECBOLE_VERSION = "1.2.1"
-INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
-
 ACTIVE: dict[str, str] = {}
-
-
-def require_recbole() -> None:
-    """Raise one ImportError with the install command when RecBole 1.2.1 is not there (#2215).
-
-    pip cannot resolve RecBole's own requirements on Python >= 3.12 (ray<=2.6.3 has no wheel), so it is no
-    dependency of ours that pip could install by itself.
-    """
-    if importlib.util.find_spec("recbole") is None:
-        raise ImportError(f"recbole-cce needs RecBole {RECBOLE_VERSION}. Install it with:  {INSTALL_COMMAND}")
-    found = importlib.import_module("recbole").__version__
-    if found != RECBOLE_VERSION:
-        raise ImportError(
-            f"recbole-cce needs RecBole {RECBOLE_VERSION}, found {found}. Install it with:  {INSTALL_COMMAND}"
-        )
 
 
 def numpy_aliases() -> str | None:
@@ -277,24 +260,11 @@ def safe_checkpoints() -> str | None:
 
     module.torch = TorchWithPlainCheckpoints("torch")
     module.Trainer.__init__ = init_with_plain_config
-    module.Trainer._checkpoint_state = checkpoint_state
+    module.Trainer._checkpoint_state = checkpoint.state_of
     module.Trainer._save_checkpoint = save_checkpoint
     module.Trainer.resume_checkpoint = resume_checkpoint
     AbstractRecommender.load_other_parameter = load_other_parameter
     return f"torch {torch.__version__} loads checkpoints with weights_only=True; they hold plain values and tensors"
-
-
-def checkpoint_state(trainer: Any, epoch: int) -> dict[str, Any]:
-    """What RecBole stores in a checkpoint."""
-    return {
-        "config": trainer.config,
-        "epoch": epoch,
-        "cur_step": trainer.cur_step,
-        "best_valid_score": trainer.best_valid_score,
-        "state_dict": trainer.model.state_dict(),
-        "other_parameter": trainer.model.other_parameter(),
-        "optimizer": trainer.optimizer.state_dict(),
-    }
 
 
 def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
@@ -309,7 +279,7 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
 
     distributed = not trainer.config["single_spec"]
     if distributed:
-        share_file_name(trainer)
+        checkpoint.share_file_name(trainer)
     if not distributed or trainer.config["local_rank"] == 0:
         destination = Path(kwargs.pop("saved_model_file", trainer.saved_model_file))
         checkpoint.write(trainer._checkpoint_state(epoch), destination)
@@ -317,13 +287,6 @@ def save_checkpoint(trainer: Any, epoch: int, verbose: bool = True, **kwargs: An
             trainer.logger.info(set_color("Saving current", "blue") + f": {destination}")
     if distributed:
         torch.distributed.barrier()
-
-
-def share_file_name(trainer: Any) -> None:
-    """Let every process have the first one's file: RecBole names it after the second in which a process got there."""
-    names = [trainer.saved_model_file]
-    torch.distributed.broadcast_object_list(names)
-    trainer.saved_model_file = names[0]
 
 
 def numbers_alone() -> str | None:
@@ -583,7 +546,7 @@ ELSEWHERE: dict[str, str] = {
 
 def apply() -> None:
     """Run every repair once; ACTIVE then says which ones this machine needed and why."""
-    require_recbole()
+    arrival.require()
     for repair in REPAIRS:
         if repair.__name__ not in ACTIVE and (sentence := repair()):
             ACTIVE[repair.__name__] = sentence

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from recbole.config import Config
 from recbole.utils import EvaluatorType, InputType, ModelType, get_model
@@ -16,39 +15,9 @@ from recbole.utils import EvaluatorType, InputType, ModelType, get_model
 from recbole_cce.errors import UserError
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.plugin import config_checks, extensions, registration
+from recbole_cce.training.checkpoint import OF_ONE_RUN, kept
 
 ENUMS = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
-# what is asked of one run and says nothing about its model: processes, devices, files it reads or trusts
-OF_ONE_RUN = {
-    *("device", "single_spec", "local_rank", "world_size", "nproc", "offset", "ip", "port"),
-    *("resume", "trust_checkpoint", "dataset_save_path", "dataloaders_save_path"),
-}
-
-
-def kept(config: Config) -> dict[str, Any]:
-    """What a checkpoint keeps of a configuration.
-
-    Raises:
-        UserError: a value has a type that it cannot keep; names the key.
-    """
-    values = {key: value for key, value in config.final_config_dict.items() if key not in OF_ONE_RUN}
-    enums = {key: values[key].name for key in ENUMS if values.get(key) is not None}
-    return {key: _plain(value, key) for key, value in (values | enums).items()}
-
-
-def _plain(value: Any, key: str) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item, key) for item in value)
-    if type(value) is dict:
-        return {_plain(name, key): _plain(item, key) for name, item in value.items()}
-    raise UserError(
-        f"{key}: {value!r} is a {type(value).__name__}, which a checkpoint cannot hold; it takes None, booleans, "
-        "numbers, strings, and lists, tuples and dictionaries of them"
-    )
 
 
 class RebuiltConfig(Config):

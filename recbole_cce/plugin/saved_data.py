@@ -24,6 +24,7 @@ from recbole.data.dataset import Dataset
 from recbole_cce.data.dataset import LeanSequentialDataset
 from recbole_cce.data.sources import cache
 from recbole_cce.errors import UserError
+from recbole_cce.plugin import repairs
 
 _create_dataset = recbole.data.create_dataset
 _load_split_dataloaders = utils.load_split_dataloaders
@@ -122,3 +123,4 @@ def install() -> None:
     utils.save_split_dataloaders = save_split_dataloaders
     utils.pickle = SimpleNamespace(load=left_alone, dump=pickle.dump)
     Dataset.save = save
+    cache.PROGRAMS.append(repairs.__file__)

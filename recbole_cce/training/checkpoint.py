@@ -13,8 +13,9 @@ import tempfile
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,6 @@ import torch
 
 from recbole_cce.errors import UserError
 from recbole_cce.files import remove_parts, write_whole
-from recbole_cce.plugin import saved_config
 
 LAST = ".last"  # not *.pth: scripts that look for RecBole's files find what they did
 
@@ -64,6 +64,26 @@ def write(state: dict[str, Any], destination: Path) -> None:
             raise
         kept = "the one saved before is as it was" if destination.exists() else "none was saved before"
         raise OSError(f"{destination}: the checkpoint could not be written ({cause}); {kept}") from error
+
+
+def state_of(trainer: Any, epoch: int) -> dict[str, Any]:
+    """What a checkpoint of a trainer holds, before plain(): RecBole's entries."""
+    return {
+        "config": trainer.config,
+        "epoch": epoch,
+        "cur_step": trainer.cur_step,
+        "best_valid_score": trainer.best_valid_score,
+        "state_dict": trainer.model.state_dict(),
+        "other_parameter": trainer.model.other_parameter(),
+        "optimizer": trainer.optimizer.state_dict(),
+    }
+
+
+def share_file_name(trainer: Any) -> None:
+    """Let every process have the first one's file: RecBole names it after the second in which a process got there."""
+    names = [trainer.saved_model_file]
+    torch.distributed.broadcast_object_list(names)
+    trainer.saved_model_file = names[0]
 
 
 class Writer:
@@ -139,14 +159,10 @@ def plain(state: dict[str, Any]) -> dict[str, Any]:
     """
     config = state["config"]
     rest = {key: value for key, value in state.items() if key != "config"}
-    return {"config": dict(config) if isinstance(config, dict) else saved_config.kept(config), **_plain(rest, "")}
+    return {"config": dict(config) if isinstance(config, dict) else kept(config), **_plain(rest, "")}
 
 
 def _plain(value: Any, name: str) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
@@ -154,12 +170,54 @@ def _plain(value: Any, name: str) -> Any:
     if scipy.sparse.issparse(value):
         table = value.tocoo()
         return {"row": _plain(table.row, name), "column": _plain(table.col, name), "value": _plain(table.data, name)}
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(_plain(item, name) for item in value)
     if isinstance(value, Mapping):
-        kept = {key: item for key, item in value.items() if not isinstance(item, torch.nn.Module)}
-        return {_plain(key, name): _plain(item, f"{name}[{key!r}]") for key, item in kept.items()}
+        value = {key: item for key, item in value.items() if not isinstance(item, torch.nn.Module)}
+    return _of_plain(value, name, _plain)
+
+
+def _of_plain(value: Any, name: str, plain: Callable[[Any, str], Any]) -> Any:
+    """A number, a text or None as it is; a list, a tuple or a dictionary of what `plain` makes of what it holds.
+
+    Raises:
+        TypeError: it is anything else; names where.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(plain(item, name) for item in value)
+    if isinstance(value, Mapping):
+        return {plain(key, name): plain(item, f"{name}[{key!r}]") for key, item in value.items()}
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}, as in {name}")
+
+
+# What is asked of one run and says nothing about its model: processes, devices, files it reads or trusts.
+OF_ONE_RUN = {
+    *("device", "single_spec", "local_rank", "world_size", "nproc", "offset", "ip", "port"),
+    *("resume", "trust_checkpoint", "dataset_save_path", "dataloaders_save_path"),
+}
+
+
+def kept(config: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of a configuration: plain values, members of enumerations by their names.
+
+    Raises:
+        UserError: a value has a type that it cannot keep; names the key.
+    """
+    return {key: _setting(value, key) for key, value in config.final_config_dict.items() if key not in OF_ONE_RUN}
+
+
+def _setting(value: Any, key: str) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    try:
+        return _of_plain(value, key, lambda item, _: _setting(item, key))
+    except TypeError:
+        raise UserError(
+            f"{key}: {value!r} is a {type(value).__name__}, which a checkpoint cannot hold; it takes None, booleans, "
+            "numbers, strings, and lists, tuples and dictionaries of them"
+        ) from None
 
 
 def as_before(value: Any, like: Any, device: torch.device) -> Any:
@@ -264,7 +322,7 @@ def newest(folder: Path | str, model: str, dataset: str, trust: bool = False) ->
 
 def check(config: Any) -> None:
     """Raise a UserError where a run could not save what it trains: its configuration, or anything in checkpoint_dir."""
-    saved_config.kept(config)
+    kept(config)
     folder = config["checkpoint_dir"]
     try:
         os.makedirs(folder, exist_ok=True)

@@ -29,7 +29,6 @@ from recbole_cce.errors import UserError
 from recbole_cce.nn import repeats
 from recbole_cce.nn.batch import Counts
 from recbole_cce.nn.losses.loss_sum import LossSum
-from recbole_cce.plugin.repairs import checkpoint_state, share_file_name
 from recbole_cce.training import average, checkpoint, interrupts, out_of_memory
 from recbole_cce.training.batch_model import BatchModel
 from recbole_cce.training.evaluation import TopK, auto_chunk_items, top_items, user_vectors
@@ -325,7 +324,7 @@ class EfficientTrainer(Trainer):
         self.saves, self.signal = saved, None
         self.train_generator = train_data.generator
         if self.distributed:
-            share_file_name(self)
+            checkpoint.share_file_name(self)
         if self.resumed is not None:
             self._resume_random_state(self.resumed["random_states"] or [])
             if self.resumed["scaler"]:  # empty where none was needed
@@ -423,7 +422,7 @@ class EfficientTrainer(Trainer):
         state = random_state(self.device, self.train_generator)
         self.random_states = [state]
         if self.distributed:
-            share_file_name(self)
+            checkpoint.share_file_name(self)
             self.random_states = [state] * distributed.get_world_size()
             distributed.all_gather_object(self.random_states, state)
         self.saved_epoch = epoch
@@ -521,7 +520,7 @@ class EfficientTrainer(Trainer):
         interrupts.end(number, text)
 
     def _checkpoint_state(self, epoch: int) -> dict[str, Any]:
-        return checkpoint_state(self, epoch) | {
+        return checkpoint.state_of(self, epoch) | {
             "scaler": self.scaler.state_dict(),
             "random_states": self.random_states,
             "best_valid_result": self.best_valid_result,

@@ -174,7 +174,7 @@ def by_sequence(query, key, value, bounds, bounds_k, longest, longest_k, **causa
     return torch.cat(contexts)
 
 
-needs_varlen = pytest.mark.skipif(attention_module.varlen_attn is None, reason="torch has no varlen_attn")
+needs_varlen = pytest.mark.skipif(not attention_module.has_varlen(), reason="torch has no varlen_attn")
 OPS = {"own": "recbole_cce::packed_attention", "varlen": "torch_attn::_varlen_attn"}
 
 

@@ -29,6 +29,7 @@ from recbole.trainer import trainer as recbole_trainer
 from recbole.utils import get_model, get_trainer, logger, url
 from recbole.utils.case_study import full_sort_topk
 
+from recbole_cce import arrival
 from recbole_cce.plugin import repairs
 from recbole_cce.training import checkpoint
 from tests.conftest import write_inter
@@ -50,7 +51,7 @@ def experiment(model, settings):
 
 
 def test_without_recbole_one_error_gives_the_command():
-    process = python("-c", "import sys; sys.modules['recbole'] = None; import recbole_cce")
+    process = python("-c", "import sys; sys.modules['recbole'] = None; import recbole_cce.cli")
     last = process.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: recbole-cce needs RecBole 1.2.1.")
     assert "pip install --no-deps recbole==1.2.1" in last
@@ -60,7 +61,48 @@ def test_without_recbole_one_error_gives_the_command():
 def test_another_recbole_is_refused(monkeypatch):
     monkeypatch.setattr(recbole, "__version__", "1.1.1")
     with pytest.raises(ImportError, match=r"needs RecBole 1\.2\.1, found 1\.1\.1.*pip install --no-deps recbole==1\.2"):
-        repairs.require_recbole()
+        arrival.require()
+
+
+ORDERS = {
+    "ours first": ("import recbole_cce", "import recbole.quick_start"),
+    "the package of RecBole first": ("import recbole", "import recbole_cce", "import recbole.quick_start"),
+    "a room of ours first": ("import recbole_cce.plugin.entry_points", "import recbole.quick_start"),
+    "ops first": ("import recbole_cce.ops", "import recbole.quick_start"),
+    "registering first": ("from recbole_cce import register_model", "import recbole.quick_start"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_repairs_come_before_the_modules_of_recbole(order):
+    """Whichever of the two is imported first."""
+    watch = """
+import sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "recbole.trainer.trainer":
+            print("quick_start" in sys.modules, "numpy_aliases" in sys.modules["recbole_cce.plugin.repairs"].ACTIVE)
+
+sys.meta_path.insert(0, Watch())
+"""
+    tell = """
+from recbole_cce.plugin import registration, repairs
+from recbole.quick_start import load_data_and_model
+print(sorted(repairs.ACTIVE), list(registration.MODELS), load_data_and_model.__module__)
+"""
+    lines = output(watch + "\n".join(order) + tell).splitlines()
+    aliases = "numpy_aliases" in repairs.ACTIVE
+    models = ["SASRecCCE", "SASRecSCE", "Cooccurrence"]
+    assert lines == [f"False {aliases}", f"{sorted(repairs.ACTIVE)} {models} recbole_cce.plugin.entry_points"]
+
+
+def test_too_late_is_refused():
+    process = python("-c", "import recbole.config, recbole_cce")
+    assert process.stderr.splitlines()[-1] == (
+        "ImportError: modules of RecBole have run before they could be repaired, the first is recbole.config: import "
+        "recbole_cce before them"
+    )
 
 
 IMPORT = """
@@ -83,6 +125,7 @@ for name in ("init", "_lazy_init", "is_available", "device_count", "current_devi
     setattr(torch.cuda, name, trap)
 torch.autograd.set_detect_anomaly({anomaly})
 import recbole_cce
+import recbole
 
 assert torch.is_anomaly_enabled() == {anomaly}
 # what torch itself adds as it is imported is its own
@@ -391,6 +434,6 @@ def test_builtin_models_train_as_in_stock_recbole(tiny_config):
 @pytest.mark.parametrize(("file", "shown"), [("/x/site-packages/recbole/model/a.py", False), ("/x/mine/a.py", True)])
 def test_syntax_warnings_of_recbole_alone_are_off(file, shown):
     """Python 3.12 and later warn where they compile some of its files for the first time."""
-    process = python("-c", f"import recbole_cce; compile('1 is 1', {file!r}, 'exec')")
+    process = python("-c", f"import recbole_cce, recbole; compile('1 is 1', {file!r}, 'exec')")
     assert process.returncode == 0, process.stderr
     assert ("SyntaxWarning" in process.stderr) == shown

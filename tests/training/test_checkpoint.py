@@ -712,7 +712,7 @@ def test_files_of_earlier_versions_are_used_if_trusted(settings, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", [*flags, "--trust-checkpoint"])
     cli.main()
     assert np.array_equal(np.load("items.npy"), run.model.item_embedding.weight[1:].detach())
-    assert torch.load(file, weights_only=True)["config"] == saved_config.kept(run.config)
+    assert torch.load(file, weights_only=True)["config"] == checkpoint.kept(run.config)
 
 
 # Files that would run code
@@ -841,7 +841,7 @@ def test_strings_of_a_configuration_are_not_evaluated(settings, monkeypatch):
     ],
 )
 def test_names_in_a_configuration_are_of_what_there_is(settings, values, message):
-    config = saved_config.kept(experiment("SASRecCCE", settings).config)
+    config = checkpoint.kept(experiment("SASRecCCE", settings).config)
     with pytest.raises(ValueError, match=message):
         saved_config.rebuilt(config | values)
     assert not Path("attacked").exists()
@@ -851,7 +851,7 @@ def test_a_configuration_is_what_it_was(settings):
     config = configure("SASRecCCE", {**settings, "adam_betas": (0.9, 0.98)})
     config["numbers"] = {"a": [1, 2.5, None, True], 3: "[1, 2]"}
     config["scalar"] = np.float64(0.5)
-    assert saved_config.rebuilt(saved_config.kept(config)).final_config_dict == config.final_config_dict
+    assert saved_config.rebuilt(checkpoint.kept(config)).final_config_dict == config.final_config_dict
 
 
 @pytest.mark.parametrize("value", [datetime.date(2024, 5, 1), {"a": [{1}]}, b"x", np.ones(2), print], ids=repr)

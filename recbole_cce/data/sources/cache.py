@@ -28,9 +28,9 @@ from recbole_cce.data.sources import inter
 from recbole_cce.data.tokens import packed, unpacked
 from recbole_cce.errors import UserError
 from recbole_cce.files import remove_parts, write_whole
-from recbole_cce.plugin import repairs
 
 DESCRIPTION = "description"  # of the arrays: JSON, and first in the file
+PROGRAMS = [__file__, columns.__file__, inter.__file__, tokens.__file__]  # that data are read by; repairs are added
 PLAIN = ("field2seqlen", "field2bucketnum", "file_size_list", "notes")  # attributes of a data set that JSON can hold
 TOKENS, WEIGHTS = "field2id_token", "_preloaded_weight"  # those of a table for each field
 
@@ -83,8 +83,7 @@ def sources(dataset: Any) -> dict[str, str]:
     suffixes += ["user", "item", *(config["additional_feat_suffix"] or ())]
     data = [Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}" for suffix in suffixes]
     classes = [cls for cls in type(dataset).__mro__ if issubclass(cls, Dataset)]
-    modules = (repairs, columns, inter, tokens)
-    programs = [__file__, *(module.__file__ for module in modules), *map(inspect.getfile, classes)]
+    programs = [*PROGRAMS, *map(inspect.getfile, classes)]
     found = {name: version(name) for name in ("pandas", "numpy")}
     return found | {
         f"{path.parent.name}/{path.name}": digest(path) for path in [*map(Path, programs), *data] if path.is_file()

@@ -40,8 +40,9 @@ COMMAND += ["--learning_rate=0.01", "--repeat_bias=none", "--parallel=2", "--out
 NO_MEMORY = """
 import torch
 
-from recbole_cce import register_model, registry
+from recbole_cce import register_model
 from recbole_cce.models.sasrec import SASRecCCE
+from recbole_cce.plugin import registration
 
 
 class NoMemory(SASRecCCE):
@@ -49,7 +50,7 @@ class NoMemory(SASRecCCE):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 PiB")
 
 
-register_model(NoMemory, defaults=registry.MODELS["SASRecSCE"])
+register_model(NoMemory, defaults=registration.MODELS["SASRecSCE"])
 """
 
 RUN = """

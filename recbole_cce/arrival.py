@@ -1,0 +1,79 @@
+"""What happens when RecBole is imported: it is repaired before any of its modules runs, whoever imports it first.
+
+RecBole's package runs nothing but its version. A finder sees it come, and has the rest of this package follow at once.
+Until then nothing here needs RecBole, or takes the time of importing it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+RECBOLE_VERSION = "1.2.1"
+INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
+
+
+class Arrival(MetaPathFinder):
+    """Finds RecBole as the other finders do, and calls `then` when its package has run."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.then = then
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of RecBole's package; of nothing else."""
+        if name != "recbole":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                self.then()
+                sys.meta_path.remove(self)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def follow(then: Callable[[], None]) -> None:
+    """Call `then` as soon as RecBole's package is there.
+
+    Raises:
+        ImportError: modules of RecBole have run unrepaired.
+    """
+    if sys.modules.get("recbole") is None:
+        sys.meta_path.insert(0, Arrival(then))
+        return
+    if early := sorted(name for name in sys.modules if name.startswith("recbole.")):
+        raise ImportError(
+            f"modules of RecBole have run before they could be repaired, the first is {early[0]}: import recbole_cce "
+            "before them"
+        )
+    then()
+
+
+def require() -> None:
+    """Import RecBole's package, and what follows it.
+
+    pip cannot resolve RecBole's own requirements on Python >= 3.12 (ray<=2.6.3 has no wheel), so it is no dependency
+    of ours that pip could install by itself.
+
+    Raises:
+        ImportError: it is not installed, or another version is; names the install command (#2215).
+    """
+    try:
+        import recbole
+    except ModuleNotFoundError as error:
+        if error.name != "recbole":
+            raise
+        raise ImportError(f"recbole-cce needs RecBole {RECBOLE_VERSION}. Install it with:  {INSTALL_COMMAND}") from None
+    if recbole.__version__ != RECBOLE_VERSION:
+        raise ImportError(
+            f"recbole-cce needs RecBole {RECBOLE_VERSION}, found {recbole.__version__}. Install it with:  "
+            f"{INSTALL_COMMAND}"
+        )

@@ -53,9 +53,9 @@ class Cooccurrence(SequentialRecommender):
         """[B, V+1] scores after the lists of a batch; most are 0, and those of the held-out items a little smaller."""
         items, lengths = (interaction[field].cpu().numpy() for field in (self.ITEM_SEQ, self.ITEM_SEQ_LEN))
         age = lengths[:, None] - np.arange(items.shape[1])  # 1 for the last one
-        row, place = np.nonzero((age >= 1) & (age <= WINDOW))
-        weights = RECENCY ** (age[row, place] - 1).astype(np.float32)
-        recent = scipy.sparse.csr_matrix((weights, (row, items[row, place])), shape=(len(items), self.n_items))
+        row, position = np.nonzero((age >= 1) & (age <= WINDOW))
+        weights = RECENCY ** (age[row, position] - 1).astype(np.float32)
+        recent = scipy.sparse.csr_matrix((weights, (row, items[row, position])), shape=(len(items), self.n_items))
         scores = recent @ self.pairs
         if self.POS_ITEM_ID in interaction:
             held_out = interaction[self.POS_ITEM_ID].cpu().numpy()
@@ -117,7 +117,7 @@ def counted_pairs(users: np.ndarray, items: np.ndarray, target: np.ndarray, size
 
     Args:
         users, items: [n] of interactions sorted by user and time.
-        target: [m] places of interactions, none of them a user's first.
+        target: [m] which interactions are targets, none of them a user's first.
         size: V + 1.
     """
     total = scipy.sparse.csr_matrix((size, size), dtype=np.float32)

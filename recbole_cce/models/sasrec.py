@@ -35,7 +35,7 @@ class EfficientSASRec(BatchModel, SASRec):
     Each position of a row predicts the next item; with `train_targets: last` only the last one does, as in RecBole.
     `positions: end` counts positions from the last item, so that a next item is always predicted from position 0.
     `architecture: original` has the same parameters in the order of the authors' code: item vectors are multiplied by
-    sqrt(D), keys and values are not normalised, dropout is in other places, matrices begin with Xavier's weights.
+    sqrt(D), keys and values are not normalised, dropout is elsewhere, matrices begin with Xavier's weights.
     """
 
     # RecBole would derive it from loss_type, and knows only CE and BPR
@@ -108,8 +108,8 @@ class EfficientSASRec(BatchModel, SASRec):
     def predict(self, interaction: Interaction) -> torch.Tensor:
         """[B] scores of one item a row; what a user had is what the row lists."""
         items, lengths, item = (interaction[field] for field in (self.ITEM_SEQ, self.ITEM_SEQ_LEN, self.ITEM_ID))
-        place = torch.arange(1, items.size(1) + 1, device=items.device)
-        latest = ((items == item[:, None]) * place).amax(1)  # 0 where the list does not have it
+        position = torch.arange(1, items.size(1) + 1, device=items.device)
+        latest = ((items == item[:, None]) * position).amax(1)  # 0 where the list does not have it
         group = age_group((lengths - latest + 1).clamp(min=1))
         addend = self.repeat_bias.to(items.device)[group].masked_fill(latest == 0, 0)
         return super().predict(interaction) + addend
@@ -136,16 +136,16 @@ class EfficientSASRec(BatchModel, SASRec):
         Raises:
             UserError: names what differs.
         """
-        loaded, own = state_dict.get("item_embedding.weight"), self.item_embedding.weight
-        if loaded is not None and loaded.shape != own.shape:
+        loaded, present = state_dict.get("item_embedding.weight"), self.item_embedding.weight
+        if loaded is not None and loaded.shape != present.shape:
             raise UserError(
                 f"the checkpoint's item table is {loaded.size(0) - 1} items x {loaded.size(1)}, this model's is "
-                f"{own.size(0) - 1} items x {own.size(1)}: it was trained on another data set, with other filters or "
+                f"{present.size(0) - 1} items x {present.size(1)}: it was trained on another data set, with other filters or "
                 "with another hidden_size"
             )
-        loaded, own = state_dict.get("position_embedding.weight"), self.position_embedding.weight
-        if loaded is not None and loaded.shape != own.shape:
-            raise UserError(f"MAX_ITEM_LIST_LENGTH: {len(own)} is not the checkpoint's, which is {len(loaded)}")
+        loaded, present = state_dict.get("position_embedding.weight"), self.position_embedding.weight
+        if loaded is not None and loaded.shape != present.shape:
+            raise UserError(f"MAX_ITEM_LIST_LENGTH: {len(present)} is not the checkpoint's, which is {len(loaded)}")
         return super().load_state_dict(state_dict, strict, assign)
 
     def load_other_parameter(self, para: dict[str, Any] | None) -> None:

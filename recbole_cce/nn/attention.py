@@ -17,7 +17,7 @@ varlen_attn: Callable[..., torch.Tensor] | None = None
 CAUSAL: dict[str, Any] = {}
 
 # bytes of a number -> the longest rows for which our kernels are the fastest; fp32 has no tensor cores there
-OWN_WIDTH = {2: 100, 4: 50}
+KERNEL_WIDTH = {2: 100, 4: 50}
 
 
 def padded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
@@ -45,12 +45,12 @@ def unpacked_attention(
     return context.index_select(0, packing.source.clamp(max=len(context) - 1))
 
 
-def takes_own(query: torch.Tensor, width: int, dropout: float) -> bool:
+def takes_kernels(query: torch.Tensor, width: int, dropout: float) -> bool:
     """Whether our kernels take [P, heads, D / heads]: short rows, and in 16 bits also what torch's op does not take."""
     if not query.is_cuda or kernel_unavailable("packed_attention", query.device, (query.dtype,), query.size(-1)):
         return False
     size = query.dtype.itemsize
-    return width <= OWN_WIDTH[size] or (size == 2 and not takes_variable_lengths(query, dropout))
+    return width <= KERNEL_WIDTH[size] or (size == 2 and not takes_variable_lengths(query, dropout))
 
 
 def takes_variable_lengths(query: torch.Tensor, dropout: float) -> bool:

@@ -36,12 +36,14 @@ class UserHistories:
 
     @cached_property
     def following(self) -> torch.Tensor:
-        """[n] the place where the same user next has the same item; n where that never happens."""
-        place = self.items.argsort(stable=True)
-        place = place[self.users[place].argsort(stable=True)]  # by user, item and time
-        same = (self.users[place[1:]] == self.users[place[:-1]]) & (self.items[place[1:]] == self.items[place[:-1]])
+        """[n] which interaction is the next one of the same user with the same item; n where there is none."""
+        position = self.items.argsort(stable=True)
+        position = position[self.users[position].argsort(stable=True)]  # by user, item and time
+        same = (self.users[position[1:]] == self.users[position[:-1]]) & (
+            self.items[position[1:]] == self.items[position[:-1]]
+        )
         following = torch.full_like(self.users, len(self.users))
-        following[place[:-1][same]] = place[1:][same]
+        following[position[:-1][same]] = position[1:][same]
         return following
 
     def before(self, end: torch.Tensor) -> History:
@@ -49,20 +51,20 @@ class UserHistories:
         first = torch.searchsorted(self.users, self.users[end - 1])
         count = end - first
         row = torch.arange(len(end)).repeat_interleave(count)
-        place = torch.arange(len(row)) - (count.cumsum(0) - count - first)[row]
-        latest = self.following[place] >= end[row]  # else the item comes again
-        row, place = row[latest], place[latest]
-        return History(row, self.items[place], end[row] - place)
+        position = torch.arange(len(row)) - (count.cumsum(0) - count - first)[row]
+        latest = self.following[position] >= end[row]  # else the item comes again
+        row, position = row[latest], position[latest]
+        return History(row, self.items[position], end[row] - position)
 
 
 def listed(items: torch.Tensor, lengths: torch.Tensor) -> History:
     """The same of lists [N, L], padded with 0 on the right, of `lengths` [N], for which nothing else is known."""
-    row, place = (items > 0).nonzero(as_tuple=True)
-    item = items[row, place]
+    row, position = (items > 0).nonzero(as_tuple=True)
+    item = items[row, position]
     key = row * (int(item.max()) + 1 if len(item) else 1) + item
     order = key.argsort(stable=True)  # of equal pairs the latest comes last
     latest = torch.ones_like(order, dtype=torch.bool)
     latest[:-1] = key[order][1:] != key[order][:-1]
     kept = order[latest].sort().values
-    row, place = row[kept], place[kept]
-    return History(row, item[kept], lengths[row] - place)
+    row, position = row[kept], position[kept]
+    return History(row, item[kept], lengths[row] - position)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from recbole_cce.nn.attention import (
     causal_mask,
     padded_attention,
-    takes_own,
+    takes_kernels,
     takes_variable_lengths,
     unpacked_attention,
     variable_length_attention,
@@ -100,7 +100,7 @@ def attend(block: nn.Module, hidden: torch.Tensor, memory: torch.Tensor, packing
         query, key, value = (layer(states).unflatten(-1, heads) for layer, states in zip(layers, of, strict=True))
     if packing is None:
         context = padded_attention(query, key, value, dropout)
-    elif takes_own(query, packing.width, dropout):
+    elif takes_kernels(query, packing.width, dropout):
         context = packed_attention(query, key, value, packing.spans, dropout)
     elif takes_variable_lengths(query, dropout):
         context = variable_length_attention(query, key, value, packing)

@@ -81,7 +81,7 @@ class WeightAverage:
         torch._foreach_lerp_(list(self.aside.values()), list(self.parameters.values()), weight)
 
     def _swap(self) -> None:
-        # storages change places, so that a CUDA graph finds the running weights where they were
+        # storages are exchanged, so that a CUDA graph finds the running weights where they were
         for name, parameter in self.parameters.items():
             parameter.data, self.aside[name] = self.aside[name], parameter.data
         self.shown = not self.shown

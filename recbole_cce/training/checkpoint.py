@@ -223,8 +223,8 @@ def _setting(value: Any, key: str) -> Any:
 def as_before(value: Any, like: Any, device: torch.device) -> Any:
     """What plain() made of a model's own state, as the model has it: of the kind of `like`, tensors on the device."""
     if scipy.sparse.issparse(like):
-        places = (value["row"].numpy(), value["column"].numpy())
-        return type(like)(scipy.sparse.coo_matrix((value["value"].numpy(), places), like.shape))
+        positions = (value["row"].numpy(), value["column"].numpy())
+        return type(like)(scipy.sparse.coo_matrix((value["value"].numpy(), positions), like.shape))
     if isinstance(like, np.ndarray):
         return value.numpy().view(type(like))
     if isinstance(value, torch.Tensor):

@@ -27,7 +27,7 @@ SCORE_ELEMENTS = 2**26
 
 
 class TopK(NamedTuple):
-    """The best items of each user, in the place where RecBole passes a score matrix: items [users, k] int64."""
+    """The best items of each user, passed where RecBole passes a score matrix: items [users, k] int64."""
 
     items: torch.Tensor
 

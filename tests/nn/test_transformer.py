@@ -182,7 +182,7 @@ OPS = {"own": "recbole_cce::packed_attention", "varlen": "torch_attn::_varlen_at
 @pytest.mark.parametrize("op", ["own", pytest.param("varlen", marks=needs_varlen)])
 def test_attention_over_sequences_of_their_own_lengths(op, left_over, monkeypatch):
     """What is passed to the ops, which run on GPUs: ours in plain torch, torch's one sequence at a time."""
-    monkeypatch.setattr(transformer, "takes_own", lambda *_: op == "own")
+    monkeypatch.setattr(transformer, "takes_kernels", lambda *_: op == "own")
     monkeypatch.setattr(transformer, "takes_variable_lengths", lambda query, dropout: op == "varlen")
     monkeypatch.setattr(attention_module, "varlen_attn", by_sequence)
     module, (embedded, valid) = encoder(), batch(7)
@@ -202,7 +202,7 @@ def test_attention_over_sequences_of_their_own_lengths(op, left_over, monkeypatc
 )
 def test_packed_errs_no_more_than_padded(op, dtype, n_heads, length, left_over, monkeypatch):
     """Against fp64 on padded rows; outputs and gradients."""
-    monkeypatch.setattr(attention_module, "OWN_WIDTH", dict.fromkeys((2, 4), 200 if op == "own" else 0))
+    monkeypatch.setattr(attention_module, "KERNEL_WIDTH", dict.fromkeys((2, 4), 200 if op == "own" else 0))
     module, (embedded, valid) = encoder(n_heads, width=64), batch(length, width=64)
     results = []
     for attention, low in (("sdpa", False), ("sdpa", True), ("packed", True)):
@@ -255,7 +255,7 @@ def test_flash_attention_needs_ampere(dtype, capability, takes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     query = mock.Mock(is_cuda=True, dtype=dtype, device=torch.device("cuda:0"), size=lambda dim: 32)
     assert attention_module.takes_variable_lengths(query, 0.0) == takes
-    assert takes or not attention_module.takes_own(query, 20, 0.0)
+    assert takes or not attention_module.takes_kernels(query, 20, 0.0)
 
 
 @pytest.mark.cuda

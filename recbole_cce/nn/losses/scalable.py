@@ -39,7 +39,7 @@ class SCE(Loss):
     @classmethod
     def holds(cls, config: Mapping[str, Any], positions: int, items: int, width: int) -> Buffers:
         """Keys of the selection, 64 MiB at most; the table in 16 bits, if buckets take as many rows; the buckets'
-        positions and items; loss, own logit, best bucket and target of each position; the positions that won in each
+        positions and items; loss, target logit, best bucket and target of each position; the positions that won in each
         bucket."""
         buckets, size_x = (sized(config[key], positions) for key in ("n_buckets", "bucket_size_x"))
         size_x, size_y = min(size_x, positions), min(items_in_bucket(config), items)

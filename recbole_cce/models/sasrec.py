@@ -140,8 +140,8 @@ class EfficientSASRec(BatchModel, SASRec):
         if loaded is not None and loaded.shape != present.shape:
             raise UserError(
                 f"the checkpoint's item table is {loaded.size(0) - 1} items x {loaded.size(1)}, this model's is "
-                f"{present.size(0) - 1} items x {present.size(1)}: it was trained on another data set, with other filters or "
-                "with another hidden_size"
+                f"{present.size(0) - 1} items x {present.size(1)}: it was trained on another data set, with other "
+                "filters or with another hidden_size"
             )
         loaded, present = state_dict.get("position_embedding.weight"), self.position_embedding.weight
         if loaded is not None and loaded.shape != present.shape:

@@ -39,11 +39,10 @@ class UserHistories:
         """[n] which interaction is the next one of the same user with the same item; n where there is none."""
         position = self.items.argsort(stable=True)
         position = position[self.users[position].argsort(stable=True)]  # by user, item and time
-        same = (self.users[position[1:]] == self.users[position[:-1]]) & (
-            self.items[position[1:]] == self.items[position[:-1]]
-        )
+        first, second = position[:-1], position[1:]
+        same = (self.users[second] == self.users[first]) & (self.items[second] == self.items[first])
         following = torch.full_like(self.users, len(self.users))
-        following[position[:-1][same]] = position[1:][same]
+        following[first[same]] = second[same]
         return following
 
     def before(self, end: torch.Tensor) -> History:

@@ -1,4 +1,4 @@
-"""The command line: RecBole's flags, checked; `compare`, `recommend`, `export`, `plan`, `doctor`."""
+"""The command line: RecBole's flags, checked; `compare`, `tune`, `recommend`, `export`, `plan`, `doctor`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import recbole_cce
 from recbole_cce import arrival, errors, ops
 from recbole_cce.commands import plan, recommend
 from recbole_cce.commands.compare import runs
+from recbole_cce.commands.tune import command as tuning
 from recbole_cce.distributed.processes import RankFailed
 from recbole_cce.errors import UserError
 from recbole_cce.plugin import (
@@ -52,6 +53,7 @@ EXAMPLES = """examples:
   %(prog)s --dataset=ml-20m --resume                      go on with the last run: after a kill, or to more epochs
   %(prog)s --nproc=4 --gpu_id=0,1,2,3                     four GPUs of this machine
   %(prog)s compare --models=SASRec,GRU4Rec,SASRecCCE --vary=num_negatives:64,512 --output=study
+  %(prog)s tune --dataset=ml-1m --budget=10m --parallel=8 --output=tuned
   %(prog)s recommend --checkpoint=saved/FILE.pth --k=50 --exclude-seen --output=top.csv
   %(prog)s export --checkpoint=saved/FILE.pth --output=items
   %(prog)s plan --items=1700000 --length=320 --hidden=256 --gpu-memory=24
@@ -201,6 +203,25 @@ def compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def tune_parser() -> argparse.ArgumentParser:
+    """Flags of `tune`."""
+    parser = Parser(
+        "tune",
+        "Search for the settings of a model that validate best: best.yaml, a table, a page. Takes Optuna.",
+        takes_keys=True,
+        epilog="Every key of RecBole's configuration is a flag too, as --key=value: it has that value in all trials. A "
+        "command that was interrupted goes on where it stopped, and one with a larger budget where it ended.",
+    )
+    parser.add_argument("--model", help="a model of this package or of RecBole (default: SASRecCCE)")
+    parser.add_argument("--dataset", help="name of the data set, a folder in data_path (default: ml-100k)")
+    parser.add_argument("--config_files", help="YAML files, separated by spaces; later ones win")
+    parser.add_argument("--space", metavar="FILE", help="what is searched, as RecBole's `hyper` files or YAML")
+    parser.add_argument("--budget", default="10m", help="time for everything: 90s, 10m, 2h (default: %(default)s)")
+    parser.add_argument("--parallel", type=whole(1, 1024), default=1, help="trials at a time (default: %(default)s)")
+    parser.add_argument("--output", required=True, help="folder for best.yaml, table, page and the trials themselves")
+    return parser
+
+
 def plan_parser() -> argparse.ArgumentParser:
     """Flags of `plan`."""
     parser = Parser(
@@ -256,6 +277,7 @@ def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser
 # name: parser of its flags, function of their values
 COMMANDS = {
     "compare": (compare_parser, runs.compare),
+    "tune": (tune_parser, tuning.tune),
     "recommend": (recommend_parser, recommend.recommend),
     "export": (export_parser, recommend.export),
     "plan": (plan_parser, plan.plan),

@@ -1,4 +1,4 @@
-"""Figures of a comparison as PNG; takes matplotlib, which is imported where it is used."""
+"""Figures as PNG; takes matplotlib, which is imported where it is used."""
 
 from __future__ import annotations
 
@@ -64,6 +64,13 @@ def curves(runs: dict[str, list[Curve]], order: list[str], x_label: str, y_label
         for number, curve in enumerate(group):
             axes.plot(curve.x, curve.y, color=color(order, name), alpha=0.75, label=None if number else name)
             axes.plot(curve.x[curve.best], curve.y[curve.best], "o", color=color(order, name), markersize=6)
+    return png(figure)
+
+
+def bars(values: dict[str, float], x_label: str) -> bytes:
+    """A bar for each name, the first on top."""
+    figure, axes = empty(x_label, "")
+    axes.barh(list(values)[::-1], list(values.values())[::-1])
     return png(figure)
 
 

@@ -31,10 +31,7 @@ def html_page(
     dataset = every[0]["dataset"]
     parts = [f"<h1>Models on {html.escape(dataset)}</h1>", f"<pre>{html.escape(command)}</pre>", "<h2>Results</h2>"]
     parts += [html_table(table, "numbers"), *(f"<p>{html.escape(note)}</p>" for note in notes)]
-    for caption, image in images.values():
-        source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-        caption = html.escape(caption)
-        parts.append(f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
+    parts += [html_figure(caption, image) for caption, image in images.values()]
     troubles = [result for result in every if result["state"] not in ("finished", "cut")]
     if troubles:
         lines = [[one["name"], str(one["seed"]), one["state"], one.get("reason", "")] for one in troubles]
@@ -43,12 +40,23 @@ def html_page(
             html_table([["model", "seed", "state", "reason"], *lines]),
         ]
     parts += ["<h2>Settings</h2>", *html_settings(results)]
+    return document(f"Models on {dataset}", parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """A whole page of parts that are HTML."""
     body = "\n".join(parts)
-    title = f"Models on {html.escape(dataset)}"
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def html_figure(caption: str, image: bytes) -> str:
+    """A PNG within the page."""
+    source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    caption = html.escape(caption)
+    return f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
 
 def html_settings(results: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -69,7 +69,7 @@ def write(output: Path, trials: list[Trial], metric: str, command: str) -> None:
     rows = table(results, compared)
     notes = remarks(groups, results, compared, metric)
     output.mkdir(parents=True, exist_ok=True)
-    page = "\n\n".join([markdown(rows), *notes]) + "\n"
+    page = "\n\n".join([markdown(texts(rows)), *notes]) + "\n"
     forms = {"table.csv": as_csv(rows), "table.md": page, "table.tex": latex(rows, notes)}
     for name, text in forms.items():
         write_text(output / name, text)
@@ -255,11 +255,11 @@ def texts(rows: list[Row], plus_minus: str = " ± ") -> list[list[str]]:
     return [header, *([row.name, *(cell.text(plus_minus) for cell in row.cells.values()), row.runs] for row in rows)]
 
 
-def markdown(rows: list[Row]) -> str:
-    """Aligned, so that it can be read in a terminal as it is."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in texts(rows)]
+def markdown(table: list[list[str]]) -> str:
+    """Header and rows, aligned, so that they can be read in a terminal as they are; the last column may be long."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in table]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    widths[-1] = len(lines[0][-1])  # a reason may be long
+    widths[-1] = len(lines[0][-1])
     rule = ["-" * (width + 1) + ":" for width in widths]
     rule[0], rule[-1] = "-" * (widths[0] + 2), "-" * (widths[-1] + 2)
 

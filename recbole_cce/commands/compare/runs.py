@@ -113,6 +113,8 @@ def plan(
     config_checks.check_dataset(dataset)
     named = parse_variants(models, variant)
     common = {"show_progress": "False", **parse_flags(flags, in_files, [one.model for one in named])}
+    if "seed" in common:
+        raise UserError(f"--seed={common['seed']} is not an option of compare; --seeds has those of all models")
     numbers = parse_seeds(seeds)
 
     def config(one: Variant) -> Config:
@@ -213,8 +215,8 @@ def check_data(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def held(output: Path) -> Iterator[None]:
-    """The folder of the comparison, for this command alone.
+def held(output: Path, command: str = "compare") -> Iterator[None]:
+    """The folder that `command` writes to, for this process alone.
 
     Raises:
         UserError: another command has it.
@@ -225,7 +227,7 @@ def held(output: Path) -> Iterator[None]:
             stack.enter_context(locked(output))
         except BlockingIOError as error:
             raise UserError(
-                f"--output: {str(output)!r} is that of another compare that is running ({error}); it takes another "
+                f"--output: {str(output)!r} is that of another {command} that is running ({error}); it takes another "
                 "folder, or the same one after that has ended"
             ) from None
         yield
@@ -313,14 +315,17 @@ def close(trial: Trial, exitcode: int) -> dict[str, Any]:
     """The result of a run whose process has ended; one that did not say how it went has failed."""
     result = trial.result()
     if result["state"] == "unfinished":
-        log = Path(trial.folder) / "log.txt"
-        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        reason = lines[-1] if lines else "it printed nothing"
-        if exitcode < 0:
-            reason = f"ended by signal {-exitcode} ({signal.Signals(-exitcode).name})"
-        result |= {"state": "failed", "reason": reason}
+        result |= {"state": "failed", "reason": last_words(Path(trial.folder) / "log.txt", exitcode)}
         trial.save(result)
     return result
+
+
+def last_words(log: Path, exitcode: int) -> str:
+    """Why a process has ended that did not say how it went."""
+    if exitcode < 0:
+        return f"ended by signal {-exitcode} ({signal.Signals(-exitcode).name})"
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "it printed nothing"
 
 
 def line(result: dict[str, Any], metric: str) -> str:

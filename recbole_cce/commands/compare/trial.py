@@ -7,6 +7,7 @@ value of each test user in `users.npz`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -15,7 +16,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,7 @@ class TimeIsUp(Exception):
 
 
 def run(trial: Trial, stop_at: float, parallel: int, share: int) -> None:
-    """The process of one run; what it prints goes to its log.
+    """The process of one run.
 
     Args:
         trial: the run.
@@ -108,19 +109,31 @@ def run(trial: Trial, stop_at: float, parallel: int, share: int) -> None:
         parallel: runs at a time, which share the CPU.
         share: those of them that share its GPU.
     """
-    if not multiprocessing.parent_process().is_alive():
-        return  # the command was killed while this process imported torch, and may be there again
-    threading.Thread(target=end_with_parent, daemon=True).start()  # which may be there again and start it anew
-    log = os.open(Path(trial.folder) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.argv = sys.argv[:1]  # RecBole's Config looks for keys there
-    entry_points.share_threads(parallel)
-    try:
-        extensions.load_again(trial.modules)
+    own_process(trial, parallel)
+    with failure_kept(trial):
         if trial.model not in registration.MODELS:
             order_exactly()
         train_and_test(Watch(trial, stop_at, share))
+
+
+def own_process(trial: Trial, parallel: int, log: str = "log.txt") -> None:
+    """Make this process that of a run, one of `parallel` at a time; what it prints goes to its log."""
+    if not multiprocessing.parent_process().is_alive():
+        sys.exit()  # the command was killed while this process imported torch, and may be there again
+    threading.Thread(target=end_with_parent, daemon=True).start()  # which may be there again and start it anew
+    stream = os.open(Path(trial.folder) / log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.argv = sys.argv[:1]  # RecBole's Config looks for keys there
+    entry_points.share_threads(parallel)
+    extensions.load_again(trial.modules)
+
+
+@contextlib.contextmanager
+def failure_kept(trial: Trial) -> Iterator[None]:
+    """Let the result say why a run has failed."""
+    try:
+        yield
     except Exception as error:
         trial.save(trial.result() | {"state": "failed", "reason": reason(error)})
         raise

@@ -54,11 +54,8 @@ def parse_variants(models: str, texts: list[str]) -> list[Variant]:
 def parse_flags(flags: list[str], in_files: dict[str, Any], models: list[str]) -> dict[str, str]:
     """RecBole's keys from --key=value."""
     config_checks.check_flags(flags, in_files, *models)
-    pairs = [flag[2:].split("=", 1) for flag in flags]
     settings: dict[str, str] = {}
-    for key, value in pairs:
-        if key == "seed":
-            raise UserError(f"--seed={value} is not an option of compare; --seeds has those of all models")
+    for key, value in (flag[2:].split("=", 1) for flag in flags):
         if key in settings:
             raise UserError(f"--{key} is there twice, as {settings[key]!r} and {value!r}")
         settings[key] = value

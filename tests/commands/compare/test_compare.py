@@ -588,7 +588,7 @@ def test_figures_show_the_numbers(monkeypatch):
 def test_special_characters():
     rows = [report.Row("a_b & 50% <c>|d", {"ndcg@10": report.Cell([0.5], ".4f")}, "1 failed: x_y {z}")]
     assert r"a\_b \& 50\% <c>|d & 0.5000 & 1 failed: x\_y \{z\} \\" in report.latex(rows, [])
-    assert r"a_b & 50% <c>\|d" in report.markdown(rows)
+    assert r"a_b & 50% <c>\|d" in report.markdown(report.texts(rows))
     page = report.html_page(report.texts(rows), [], {}, {"a": [make_result("a", 1, 0.5)]}, "x <y>")
     assert "a_b &amp; 50% &lt;c&gt;|d" in page and "x &lt;y&gt;" in page
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from recbole.config import Config
 from recbole.data import create_dataset
@@ -299,7 +300,9 @@ def interrupts_held() -> Iterator[None]:
     handler = signal.signal(signal.SIGINT, lambda *_: held.append(True))
     masks = hasattr(signal, "pthread_sigmask")  # not on Windows; what is started inherits the mask
     if masks:
-        resource_tracker.ensure_running()  # or it would start with the first process and clear the mask
+        # or it would start with the first process and clear the mask; of what killed processes leave it would warn
+        with mock.patch.object(sys, "warnoptions", [*sys.warnoptions, "ignore:resource_tracker"]):
+            resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -127,6 +127,8 @@ def search_and_report(
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        search.close()
 
 
 def default_values(searched: list[Parameter], config: Config) -> dict[str, Value]:

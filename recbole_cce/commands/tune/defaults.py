@@ -31,7 +31,11 @@ def default_space(config: Config, items: int) -> list[Parameter]:
     searched = {one.key for one in candidates} - set(given)
     for one in candidates:
         other, value = one.only or (None, None)
-        if one.key in searched and (other is None or other in searched or config[other] == value):
+        if (
+            one.key in searched
+            and len(set(one.ends())) > 1
+            and (other is None or other in searched or config[other] == value)
+        ):
             space.append(one)
     return space
 

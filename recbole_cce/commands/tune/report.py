@@ -198,7 +198,7 @@ def progress(search: Search) -> dict[str, list[figures.Curve]]:
     runs = {}
     for name, numbers in {"best of all": list(search.results), "defaults": [0]}.items():
         points = sorted(
-            (result["begun"] + result["start_seconds"] + point["seconds"], point["score"])
+            (result["fit_at"] + point["seconds"], point["score"])
             for number, result in search.results.items()
             if number in numbers and value(result) is not None
             for point in result["curve"]

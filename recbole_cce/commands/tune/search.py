@@ -34,14 +34,27 @@ FAILURES = 5  # when as many trials have ended and all failed, more will
 START = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A process for one job; to import torch takes seconds, so one is there before its job is."""
+
+    process: BaseProcess
+    channel: Connection
+
+    def end(self) -> None:
+        """Kill it, if it is there."""
+        self.process.kill()
+        self.process.join()
+        self.channel.close()
+
+
 @dataclass
 class Running:
     """A trial under way; `begun`: after how many seconds of the search."""
 
     number: int
     trial: Trial
-    process: BaseProcess
-    channel: Connection
+    worker: Worker
     begun: float
     late: bool = False  # killed, as its epoch did not end in time
 
@@ -71,6 +84,7 @@ class Search:
         self.end = begun + max(0.0, budget - self.spent)
         self.reserve = 0.0  # seconds that the test and the tables take, as the trials said
         self.running: dict[int, Running] = {}  # by the sentinel of its process
+        self.spare: Worker | None = None
         self.results: dict[int, Result] = {}
         for number in study.values():
             one = self.trial(number)
@@ -97,21 +111,31 @@ class Search:
             UserError: the first trials have all failed; says why.
         """
         more = True
-        try:
-            while True:
-                while more and len(self.running) < self.parallel and time.time() + 3 * self.reserve < self.end:
-                    proposal = self.study.ask()
-                    more = proposal is not None
-                    if more:
-                        self.start(proposal.number, proposal.settings)
-                if not self.running:
-                    return
-                self.wait()
-        finally:
-            for one in self.running.values():
-                end_process(one.process)
-                remove_parts(Path(one.trial.folder) / "*")
+        while True:
+            while more and len(self.running) < self.parallel and self.has_time():
+                proposal = self.study.ask()
+                more = proposal is not None
+                if more:
+                    self.start(proposal.number, proposal.settings)
+            if not self.running:
+                break
+            self.wait()
+        if more and self.results:
+            self.study.spend(max(self.study.seconds, self.spent + self.end - self.begun))  # nothing is left
+
+    def close(self) -> None:
+        """End all processes; where trials are under way, their seconds are spent all the same."""
+        if self.running:
             self.study.spend(self.seconds)
+        for one in self.running.values():
+            one.worker.end()
+            remove_parts(Path(one.trial.folder) / "*")
+        if self.spare is not None:
+            self.spare.end()
+
+    def has_time(self) -> bool:
+        """Whether another trial could train for a while."""
+        return time.time() + max(3 * self.reserve, TABLE_SECONDS) < self.end
 
     def trial(self, number: int, settings: dict[str, Value] | None = None) -> Trial:
         """A trial of the study."""
@@ -128,18 +152,19 @@ class Search:
         shutil.rmtree(one.folder, ignore_errors=True)
         Path(one.folder).mkdir(parents=True)
         one.save(asdict(one) | {"state": "unfinished", "parallel": self.share, "curve": []})
-        ours, theirs = START.Pipe()
-        place = Place(time.time(), self.end, self.parallel, self.share)
-        process = START.Process(target=processes.run, args=(one, place, theirs))
-        begun = self.seconds
-        with interrupts_held():
-            process.start()
-            self.running[process.sentinel] = Running(number, one, process, ours, begun)
-        theirs.close()
+        worker, begun = self.worker(), self.seconds
+        self.running[worker.process.sentinel] = Running(number, one, worker, begun)
+        worker.channel.send((processes.run, one, Place(self.end, self.parallel, self.share)))
+
+    def worker(self) -> Worker:
+        """A process for a job; another one gets ready."""
+        worker, self.spare = self.spare or new_worker(), None
+        self.spare = new_worker()
+        return worker
 
     def wait(self) -> None:
         """Answer what trials ask, and note those that have ended; end those that are too late."""
-        channels = {one.channel: one for one in self.running.values() if not one.channel.closed}
+        channels = {one.worker.channel: one for one in self.running.values() if not one.worker.channel.closed}
         latest = self.end - max(self.reserve, TABLE_SECONDS) / 2
         ready = connection.wait([*channels, *self.running], max(0.0, latest - time.time()))
         for channel in channels.keys() & set(ready):
@@ -147,27 +172,28 @@ class Search:
         if not ready:  # an epoch takes longer than those before it
             for one in self.running.values():
                 one.late = True
-                end_process(one.process)
-        for sentinel in [sentinel for sentinel, one in self.running.items() if one.process.exitcode is not None]:
+                one.worker.end()
+        for sentinel in [key for key, one in self.running.items() if one.worker.process.exitcode is not None]:
             self.note(self.running.pop(sentinel))
 
     def answer(self, one: Running) -> None:
         """Whether a trial that has validated an epoch is behind the others."""
         try:
-            validations, value, reserve = one.channel.recv()
+            validations, value, reserve = one.worker.channel.recv()
             self.reserve = max(self.reserve, reserve)
-            one.channel.send(self.study.is_behind(one.number, validations, value))
+            one.worker.channel.send(self.study.is_behind(one.number, validations, value))
         except (EOFError, OSError):  # its process has ended
-            one.channel.close()
+            one.worker.channel.close()
 
     def note(self, one: Running) -> None:
         """Keep the result of a trial and say it; of checkpoints keep the best trial's alone."""
-        one.process.join()
-        one.channel.close()
-        result = close(one.trial, one.process.exitcode)
+        one.worker.end()
+        result = close(one.trial, one.worker.process.exitcode)
         if one.late:
             result |= {"state": "late", "reason": "an epoch did not end within the budget"}
         result |= {"begun": one.begun, "ended": self.seconds}
+        if "fit_begun" in result:  # from time.time() to seconds of the search
+            result["fit_at"] = result["fit_begun"] - self.begun + self.spent
         one.trial.save(result)
         self.results[one.number] = result
         if result["state"] not in ("stopped", "late"):  # these are run again where the budget is raised
@@ -210,16 +236,30 @@ class Search:
             found = json.loads(file.read_text())
             if "test" in found and {key: found.get(key) for key in of} == of:
                 return found
-        process = START.Process(target=processes.test, args=(one, str(file), of))
+        worker = self.worker()
+        worker.channel.send((processes.test, one, str(file), of))
         try:
-            with interrupts_held():
-                process.start()
-            process.join()
+            worker.process.join()
         finally:
-            end_process(process)
-        if process.exitcode == 0:
+            worker.end()
+        if worker.process.exitcode == 0:
             return json.loads(file.read_text())
-        return of | {"reason": last_words(Path(one.folder) / "test.txt", process.exitcode)}
+        return of | {"reason": last_words(Path(one.folder) / "test.txt", worker.process.exitcode)}
+
+
+def new_worker() -> Worker:
+    """A process that waits for a job."""
+    ours, theirs = START.Pipe()
+    process = START.Process(target=processes.serve, args=(theirs,))
+    worker = Worker(process, ours)
+    try:
+        with interrupts_held():
+            process.start()
+    except KeyboardInterrupt:
+        worker.end()
+        raise
+    theirs.close()
+    return worker
 
 
 def value(result: Result) -> float | None:
@@ -231,9 +271,3 @@ def value(result: Result) -> float | None:
 def described(values: dict[str, Value]) -> str:
     """'learning_rate 0.001, n_layers 2'."""
     return ", ".join(f"{key} {one}" for key, one in values.items())
-
-
-def end_process(process: BaseProcess) -> None:
-    """Kill it, if it is there."""
-    process.kill()
-    process.join()

@@ -43,7 +43,7 @@ class Parameter:
     @property
     def whole(self) -> bool:
         """Whether it takes integers."""
-        return isinstance(self.low, int) and isinstance(self.high, int)
+        return not self.choices and isinstance(self.low, int) and isinstance(self.high, int)
 
     def applies(self, values: dict[str, Value]) -> bool:
         """Whether it means something beside the values of the parameters before it."""

@@ -27,8 +27,7 @@ TABLE_SECONDS = 5  # for table, figures and page
 class Place:
     """Where and until when a trial runs."""
 
-    started: float  # when its process was
-    end: float  # of the budget
+    end: float  # of the budget, by time.time()
     parallel: int  # trials at a time, which share the CPU
     share: int  # those of them that share its GPU
 
@@ -60,7 +59,7 @@ class Progress(Watch):
     @property
     def reserve(self) -> float:
         """Seconds before the end of the budget that a process like this one needs to test, and the tables."""
-        return self.fit_begun - self.place.started + 2 * self.validation_seconds + TABLE_SECONDS
+        return self.fit_begun - self.begun + 2 * self.validation_seconds + TABLE_SECONDS
 
     def time_is_up(self) -> str | None:
         """Whether another epoch would end too late for the test."""
@@ -69,7 +68,7 @@ class Progress(Watch):
 
     def after_epoch(self, epoch: int, score: float) -> None:
         """RecBole's callback after each validation."""
-        self.result["start_seconds"] = self.fit_begun - self.place.started
+        self.result["fit_begun"] = self.fit_begun
         super().after_epoch(epoch, score)
         curve = self.result["curve"]
         if self.is_behind(len(curve), best(self.result)["score"], self.reserve):
@@ -91,8 +90,17 @@ def train(progress: Progress) -> None:
         recbole_quick_start.get_trainer = get
 
 
-def run(trial: Trial, place: Place, channel: Connection) -> None:
-    """The process of one trial; after each validation it sends what is_behind() takes, and receives its answer."""
+def serve(channel: Connection) -> None:
+    """A process that is ready to do one job, which the channel brings: a function, and what it takes after that."""
+    try:
+        job, *arguments = channel.recv()
+    except EOFError:  # nothing is left to do
+        return
+    job(channel, *arguments)
+
+
+def run(channel: Connection, trial: Trial, place: Place) -> None:
+    """The job of one trial; after each validation it sends what is_behind() takes, and receives its answer."""
 
     def is_behind(*reported: float) -> bool:
         channel.send(reported)
@@ -103,8 +111,8 @@ def run(trial: Trial, place: Place, channel: Connection) -> None:
         train(Progress(trial, place, is_behind))
 
 
-def test(trial: Trial, file: str, of: dict[str, Any]) -> None:
-    """The process that tests the best checkpoint of a trial; writes what it found, and `of` what, to `file`."""
+def test(channel: Connection, trial: Trial, file: str, of: dict[str, Any]) -> None:
+    """The job of testing the best checkpoint of a trial; writes what it found, and `of` what, to `file`."""
     own_process(trial, 1, log="test.txt")
     found = json.dumps(of | tested(trial), indent=1)
     write_whole(Path(file), lambda stream: stream.write(found.encode()))
@@ -113,8 +121,9 @@ def test(trial: Trial, file: str, of: dict[str, Any]) -> None:
 def tested(trial: Trial) -> dict[str, Any]:
     """The metrics of the test, which is read once."""
     (checkpoint,) = Path(trial.folder).glob("*.pth")
-    config, model, _, _, _, data = entry_points.load_data_and_model(str(checkpoint))
+    config, model, _, train, _, data = entry_points.load_data_and_model(str(checkpoint))
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    trainer.eval_collector.data_collect(train)
     begun = time.time()
     metrics = trainer.evaluate(data, load_best_model=False, show_progress=False)
     return {"test": {name: float(value) for name, value in metrics.items()}, "test_seconds": time.time() - begun}

@@ -236,7 +236,7 @@ class Search:
             found = json.loads(file.read_text())
             if "test" in found and {key: found.get(key) for key in of} == of:
                 return found
-        worker = self.worker()
+        worker, self.spare = self.spare or new_worker(), None
         worker.channel.send((processes.test, one, str(file), of))
         try:
             worker.process.join()

@@ -43,7 +43,7 @@ SPACE = "learning_rate choice [0.01]\nn_heads choice [1, 3]\n"  # three heads do
 FLAGS = ["--dataset=tiny", "--config_files=tiny.yaml", "--repeat_bias=none", "--parallel=2", "--output=tuned"]
 COMMANDS = {
     "SASRecCCE": [*FLAGS, "--space=hyper.test", "--seed=7"],
-    "GRU4Rec": [*FLAGS[:2], "--parallel=2", "--output=tuned", "--space=gru.yaml", "--train_neg_sample_args=None"],
+    "GRU4Rec": [*FLAGS[:2], "--output=tuned", "--space=gru.yaml", "--train_neg_sample_args=None"],
 }
 TRIED = {"SASRecCCE": [("0.0005", "2"), ("0.01", "1"), ("0.01", "3")], "GRU4Rec": [("0.001",), ("0.01",)]}
 
@@ -135,7 +135,6 @@ def test_an_interrupted_search_goes_on(tuned):
     assert first.printed.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
     assert "Traceback" not in first.printed and "resource_tracker" not in first.printed
     assert {number: after[number] for number in first.results} == first.results
-    assert list(after) == list(range(len(after)))
     keys = ("learning_rate", "n_heads")
     settings = [tuple(row[key] for key in keys if key in row) for row in rows(tuned.folder).values()]
     assert sorted(settings) == TRIED[tuned.model]

@@ -11,9 +11,8 @@ from typing import Any
 
 from recbole.config import Config
 from recbole.data import create_dataset
-from recbole.utils import get_model
 
-from recbole_cce.commands.compare.runs import ASIDE, held
+from recbole_cce.commands.compare.runs import ASIDE, held, modules_of
 from recbole_cce.commands.compare.trial import Trial, plain
 from recbole_cce.commands.compare.variants import parse_flags
 from recbole_cce.commands.tune import durations, space
@@ -21,7 +20,8 @@ from recbole_cce.commands.tune.defaults import default_space
 from recbole_cce.commands.tune.space import Parameter, Value
 from recbole_cce.errors import UserError
 from recbole_cce.files import write_whole
-from recbole_cce.plugin import checks, config_sources, entry_points, keys, registration
+from recbole_cce.keys import refuse
+from recbole_cce.plugin import config_checks, config_sources, entry_points, registration
 
 STUDY = "study.json"  # in the output: what is searched
 RUNGS = 20  # the first rung is this part of the epochs, at most
@@ -51,8 +51,8 @@ def tune(
     in_files = config_sources.read_files(files, "--config_files")
     model = in_files.get("model", "SASRecCCE") if model is None else model
     dataset = in_files.get("dataset", "ml-100k") if dataset is None else dataset
-    checks.check_model(model)
-    checks.check_dataset(dataset)
+    config_checks.check_model(model)
+    config_checks.check_dataset(dataset)
     given = parse_flags(flags or [], in_files, [model])
 
     def configure(settings: dict[str, Any]) -> Config:
@@ -82,7 +82,7 @@ def tune(
             settings={"show_progress": "False", **given},
             time_limit=None,
             folder="",
-            modules=(get_model(model).__module__,) if model in registration.MODELS else (),
+            modules=modules_of(model),
         )
         set_by_user = in_files | config_sources.literals(given)
         search_and_report(base, searched, config, Path(output), parallel, begun, seconds, set_by_user, command)
@@ -152,12 +152,12 @@ def check_installed() -> None:
 
 def check_validated(config: Config) -> None:
     """Raise a UserError where epochs are not validated: there would be nothing to choose by."""
-    checks.check_valid_metric(config)
+    config_checks.check_valid_metric(config)
     if config["eval_step"] < 1:
-        keys.refuse("eval_step", config["eval_step"], "an integer >= 1")
+        refuse("eval_step", config["eval_step"], "an integer >= 1")
     ((kind, how),) = config["eval_args"]["split"].items()
     if how == "test_only" or (kind != "LS" and not how[1] > 0):
-        keys.refuse("eval_args", config["eval_args"], "a split with a validation, which says what trial is the best")
+        refuse("eval_args", config["eval_args"], "a split with a validation, which says what trial is the best")
 
 
 def read_space(file: str | None, model: str, configure: Any) -> list[Parameter] | None:

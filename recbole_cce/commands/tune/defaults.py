@@ -41,8 +41,8 @@ def default_space(config: Config, items: int) -> list[Parameter]:
 
 
 def of_this_package(config: Config, items: int) -> list[Parameter]:
-    """For the keys that are in a model's file of defaults."""
-    own = read_yaml(registration.MODELS[config["model"]])
+    """For the keys that a model has defaults of."""
+    own = registration.defaults(config["model"])
     if "learning_rate" not in own:  # it does not train
         return []
     space = around(config, "learning_rate", 4, 4) + around(config, "train_batch_size", 4, 4)
@@ -50,7 +50,7 @@ def of_this_package(config: Config, items: int) -> list[Parameter]:
         if key in own:
             low, high = max(0.0, config[key] - width), min(MOST_DROPOUT, config[key] + width)
             space.append(Parameter(key, low=low, high=max(high, config[key])))
-    if "num_negatives" in own:
+    if "loss_type" in own:
         space += losses(config, items)
     for key, choices in {"architecture": ("recbole", "original"), "positions": ("start", "end")}.items():
         if key in own:

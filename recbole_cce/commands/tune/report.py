@@ -17,6 +17,7 @@ from recbole_cce.commands.compare.report import best, join, markdown, write_text
 from recbole_cce.commands.tune import durations
 from recbole_cce.commands.tune.search import Result, Search, described, value
 from recbole_cce.files import write_whole
+from recbole_cce.plugin import extensions
 
 SHOWN = 10  # rows that are printed
 
@@ -56,7 +57,8 @@ def write(search: Search, given: dict[str, Any], metric: str, test: Result, comm
 
 def train_command(file: Path) -> str:
     """That trains what best.yaml says, which names model and data set, too."""
-    return f"python run_recbole_cce.py --config_files={shlex.quote(str(file))}"
+    plugins = "".join(f" --plugin={shlex.quote(plugin)}" for plugin in extensions.FILES.values())
+    return f"python run_recbole_cce.py{plugins} --config_files={shlex.quote(str(file))}"
 
 
 # best.yaml

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_cce.commands.compare.runs import ASIDE, SAME
 from recbole_cce.errors import UserError
-from recbole_cce.plugin import checks
+from recbole_cce.plugin import config_checks
 from recbole_cce.plugin.config_sources import literal, read_yaml
 
 if TYPE_CHECKING:
@@ -180,10 +180,10 @@ def check(space: Iterable[Parameter], model: str, configure: Callable[[dict[str,
     Raises:
         UserError: names the key, its value and the valid ones.
     """
-    known = checks.known_keys(model)
+    known = config_checks.known_keys(model)
     for one in space:
         if one.key not in known:
-            raise UserError(f"--space: there is no key {one.key!r}{checks.nearest(one.key, known)}")
+            raise UserError(f"--space: there is no key {one.key!r}{config_checks.nearest(one.key, known)}")
         if one.key in FIXED:
             raise UserError(f"--space: {one.key!r} cannot be searched: it takes one value for all trials")
         for value in one.ends():

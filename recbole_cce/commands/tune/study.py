@@ -65,7 +65,7 @@ class Study:
         first_rung: int,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.space, self.default, self.bigger = space, default, bigger
+        self.space, self.default, self.bigger, self.first_rung = space, default, bigger, first_rung
         cut_partial_line(file)
         with quiet():
             self.study = optuna.create_study(
@@ -131,10 +131,13 @@ class Study:
         return Proposal(trial.number, {} if trial.number == 0 else values)
 
     def is_behind(self, number: int, validations: int, value: float) -> bool:
-        """Keep the best value that a trial has after so many validations; whether it should end. The first never does.
+        """Whether a trial that has a best value after so many validations should end. The first one never does.
 
         Of the trials that reach a rung the better half goes on: each rung costs about as many epochs as any other.
         """
+        rung, rest = divmod(validations, self.first_rung)
+        if rest or rung & (rung - 1):  # not the first one times a power of two
+            return False
         trial, reported = self.trials[number], self.reported[number]
         with quiet():
             if validations not in reported:

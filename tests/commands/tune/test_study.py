@@ -80,7 +80,7 @@ def test_after_an_interruption_no_trial_is_lost():
     one = study()
     ended = dict(whole(one) for _ in range(4))
     under_way = [one.ask(), one.ask()]
-    one.is_behind(under_way[0].number, 1, 0.5)
+    one.is_behind(under_way[0].number, 2, 0.5)
     one.spend(12.5)
     kept = one.values()
     with open("journal.log", "ab") as file:
@@ -89,7 +89,7 @@ def test_after_an_interruption_no_trial_is_lost():
     assert again.seconds == 12.5
     assert again.values() == kept
     assert [again.ask(), again.ask()] == under_way
-    assert again.is_behind(under_way[0].number, 1, 0.5) is False  # reported before
+    assert again.is_behind(under_way[0].number, 2, 0.5) is False  # reported before
     for proposal in under_way:
         again.tell(proposal.number, height(proposal.settings), True)
     number, values = whole(again)

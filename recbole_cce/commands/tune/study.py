@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from recbole_cce.commands.tune.space import Parameter, Value
 
 SURVIVORS = 2  # of so many trials that reach a rung one goes on
+COMPARED = 4  # where fewer have come to a rung none ends: what differs may be noise
 RANDOM = 10  # trials before proposals are made from what others had
 TRIES = 50  # proposals in a row that were tried before: nothing is left
 
@@ -143,7 +144,9 @@ class Study:
             if validations not in reported:
                 reported.add(validations)
                 trial.report(value, validations)
-            return trial.should_prune() and number != 0
+            is_worse = trial.should_prune()
+        come = sum(validations in each.intermediate_values for each in self.study.get_trials(deepcopy=False))
+        return is_worse and come >= COMPARED and number != 0
 
     def tell(self, number: int, value: float | None, whole: bool) -> None:
         """The end of a trial: its best value, None where it has none, and whether it was trained to its own end."""

@@ -134,18 +134,20 @@ def test_the_worse_half_ends_at_each_rung():
     assert len(rungs[4]) <= 20
     assert max(range(31), key=lambda number: qualities[number]) in rungs[16]
     for number in rungs[4]:  # each was in the better half of those before it
-        if number:
+        if number >= 3:
             before = sorted([qualities[other] for other in range(number + 1)], reverse=True)
             assert before.index(qualities[number]) < max(1, len(before) // 2)
 
 
-def test_the_defaults_are_never_ended():
+def test_the_defaults_are_never_ended_nor_are_others_among_a_few():
     one = study(first_rung=1)
-    first, second = one.ask().number, one.ask().number
-    assert not one.is_behind(second, 1, 0.9)
-    assert not one.is_behind(first, 1, 0.1)
-    third = one.ask().number
-    assert one.is_behind(third, 1, 0.2)
+    first, *others = (one.ask().number for _ in range(6))
+    assert [one.is_behind(number, 1, value) for number, value in zip(others, (0.9, 0.1, 0.2), strict=False)] == [
+        False
+    ] * 3
+    assert not one.is_behind(first, 1, 0.0)
+    assert one.is_behind(others[3], 1, 0.15)
+    assert not one.is_behind(others[4], 1, 0.95)
 
 
 def test_a_small_space_ends():

@@ -67,8 +67,8 @@ def train_command(file: Path) -> str:
 def best_settings(search: Search, given: dict[str, Any]) -> dict[str, Any]:
     """Every key that the best trial had and a default run has not."""
     number = search.best
-    settings = {"model": search.base.model, "dataset": search.base.dataset, **given}
-    settings |= {"seed": search.base.seed}
+    base = {"model": search.base.model, "dataset": search.base.dataset}
+    settings = base | given | base | {"seed": search.base.seed}  # flags win over what a file names
     if number != 0:
         settings |= search.study.values()[number]
     result = search.results[number]

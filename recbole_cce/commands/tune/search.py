@@ -152,15 +152,10 @@ class Search:
         shutil.rmtree(one.folder, ignore_errors=True)
         Path(one.folder).mkdir(parents=True)
         one.save(asdict(one) | {"state": "unfinished", "parallel": self.share, "curve": []})
-        worker, begun = self.worker(), self.seconds
-        self.running[worker.process.sentinel] = Running(number, one, worker, begun)
-        worker.channel.send((processes.run, one, Place(self.end, self.parallel, self.share)))
-
-    def worker(self) -> Worker:
-        """A process for a job; another one gets ready."""
         worker, self.spare = self.spare or new_worker(), None
+        self.running[worker.process.sentinel] = Running(number, one, worker, self.seconds)
+        worker.channel.send((processes.run, one, Place(self.end, self.parallel, self.share)))
         self.spare = new_worker()
-        return worker
 
     def wait(self) -> None:
         """Answer what trials ask, and note those that have ended; end those that are too late."""
@@ -201,10 +196,9 @@ class Search:
         self.study.spend(self.seconds)
         self.remove_checkpoints()
         print(self.line(one.number), file=sys.stderr, flush=True)
-        if self.best is None and len(self.results) >= FAILURES:
-            raise UserError(
-                f"the first {len(self.results)} trials failed, the last: {result.get('reason', 'no epoch')}"
-            )
+        failed = [each["reason"] for each in self.results.values() if each["state"] in ("failed", "out of memory")]
+        if self.best is None and len(failed) >= FAILURES:
+            raise UserError(f"the first {len(failed)} trials failed, the last: {failed[-1]}")
 
     def remove_checkpoints(self) -> None:
         """Of all trials that have ended but the best."""

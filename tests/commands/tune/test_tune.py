@@ -416,6 +416,15 @@ def test_search_of_a_budget(fake, capsys):
     assert all(more.results[number]["begun"] >= 4.0 for number in stopped)  # run again
     assert all(more.results[number] == one for number, one in found.results.items() if number not in stopped)
     assert len(more.results) > len(found.results)
+    images = report.draw(more, "ndcg@10")
+    assert list(images) == ["progress", "curves", "keys"]
+    assert all(image.startswith(b"\x89PNG") for _, image in images.values())
+    lines = report.progress(more)
+    assert lines["best of all"][0].y == sorted(lines["best of all"][0].y)
+    assert lines["best of all"][0].y[-1] == search.value(more.results[more.best])
+    assert lines["defaults"][0].y[-1] == search.value(more.results[0])
+    assert lines["best of all"][0].x == sorted(lines["best of all"][0].x) and lines["best of all"][0].x[-1] < 6.5
+    assert sum(map(len, report.curves(more).values())) == len(more.results)
 
 
 def test_what_does_not_end_in_time_is_ended(fake, capsys):

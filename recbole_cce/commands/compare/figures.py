@@ -95,7 +95,8 @@ def color(order: list[str], name: str) -> tuple[float, ...]:
 
 def png(figure: Figure) -> bytes:
     """The finished figure."""
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    if figure.axes[0].get_legend_handles_labels()[1]:
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150)
     return stream.getvalue()

@@ -133,7 +133,7 @@ def test_model_defaults_leave_data_and_evaluation_alone(file):
         assert not given & set(declared())  # one default in one place
 
 
-# Recipes: what the authors' published configurations and code say
+# Recipes: what the authors' published configurations and code say, or docs/study.md
 
 PUBLISHED = {
     "sce-beauty": {
@@ -172,6 +172,36 @@ PUBLISHED = {
         "weight_decay": 0.0,
         "epochs": 20,
         "stopping_step": 4,
+    },
+    "cce-ml-1m": {
+        "MAX_ITEM_LIST_LENGTH": 200,
+        "n_layers": 3,
+        "hidden_size": 64,
+        "loss_type": "CCE",
+        "hidden_dropout_prob": 0.1,
+        "learning_rate": 0.001404,
+        "train_batch_size": 103,
+        "positions": "end",
+        "weight_average": "auto",
+        "exclude_seen": True,
+        "epochs": 300,
+        "stopping_step": 20,
+        "seed": 2020,
+    },
+    "cce-beauty": {
+        "MAX_ITEM_LIST_LENGTH": 50,
+        "n_layers": 2,
+        "hidden_size": 64,
+        "loss_type": "CCE",
+        "hidden_dropout_prob": 0.5,
+        "learning_rate": 0.000894,
+        "train_batch_size": 687,
+        "positions": "end",
+        "weight_average": "auto",
+        "exclude_seen": True,
+        "epochs": 300,
+        "stopping_step": 20,
+        "seed": 2020,
     },
 }
 

@@ -236,8 +236,8 @@ def test_recipe_runs(tmp_path, file):
     assert 0 < result["test_result"]["ndcg@5"] <= 1
 
 
-def test_recipes_set_the_betas_of_adam(tmp_path):
-    for file in RECIPES:
+def test_recipes_of_papers_set_the_betas_of_adam(tmp_path):
+    for file in (file for file in RECIPES if file.stem in ("sce-beauty", "cce-gowalla")):
         recipe = registration.read_yaml(file)
         write_dataset(tmp_path / "data", recipe["dataset"], header_of(recipe["dataset"]), users=40)
         config = recipe_config(file, **SHORT, **quiet(tmp_path / "data"))

@@ -92,9 +92,12 @@ def test_bytes_a_position_from_a_tiny_batch_hold_for_a_larger_one():
     assert large - small == pytest.approx(15 * (double - small), rel=0.01)
 
 
-def test_a_large_table_takes_16_bytes_a_number_and_its_logits_12_bytes_each():
+def test_a_table_takes_20_bytes_a_number_a_large_one_16_and_its_logits_12_bytes_each():
+    """Four of the 20 are of the average of the weights."""
     table = memory("CCE-", 1, 1, Shape(10**6, 10, 16))
-    assert table.parameters == pytest.approx(16 * 16 * 10**6, rel=0.01)
+    assert table.parameters == pytest.approx(20 * 16 * 10**6, rel=0.01)
+    large = memory("CCE-", 1, 1, Shape(5 * 10**6, 10, 16))
+    assert large.parameters == pytest.approx(16 * 16 * 5 * 10**6, rel=0.01)
     assert table.encoder - CUBLAS + table.loss < 2**20
     logits = [peak("CE", 400, shape=Shape(items, 10, 16)) for items in (10_000, 20_000)]
     assert logits[1] - logits[0] == pytest.approx(12 * 400 * 10 * 10_000, rel=0.05)
@@ -320,7 +323,7 @@ def test_its_flags_are_those_of_a_run(command):
 
 def test_a_loss_that_does_not_fit_says_so(command):
     """With 2^20 items the logits of a row are too many for what the table leaves."""
-    table = 16 * 16 * 2**20
+    table = 20 * 16 * 2**20
     out, _ = command("--items=1048576", f"--gpu-memory={1.15 * (table + CUBLAS) / USABLE / GIB}", "--batch-size=1")
     line = {name: line for name, line in re.findall(r"^\| (\S+) +\|(.*)\|$", out, re.MULTILINE)}
     assert "does not fit" in line["CE"]

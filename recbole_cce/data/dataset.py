@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ import torch
 from pandas.api.types import union_categoricals
 from recbole.config import Config
 from recbole.data.dataset import SequentialDataset
-from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
@@ -37,12 +35,6 @@ TARGET_COUNT = "target_count"
 ROW_NUMBER = "row_number"
 # The most of a GPU's free memory that the data may take.
 RESIDENT_SHARE = 1 / 8
-
-
-def counted(values: Any = ()) -> Counter:
-    """Counter(values), without a Python step for each value."""
-    counts = pd.Series(values).value_counts()
-    return Counter(counts[counts > 0].to_dict())
 
 
 def in_order(numbers: torch.Tensor) -> torch.Tensor:
@@ -88,13 +80,6 @@ class LeanSequentialDataset(SequentialDataset):
 
     # Large files: what RecBole does for each interaction in Python, by columns
 
-    def _filter_by_inter_num(self) -> None:
-        recbole_dataset.Counter = counted
-        try:
-            super()._filter_by_inter_num()
-        finally:
-            recbole_dataset.Counter = Counter
-
     def _concat_remaped_tokens(self, remap_list: list[tuple]) -> tuple[Any, np.ndarray]:
         """As RecBole's, but columns of categories stay categories, which pandas.factorize need not look into."""
         parts = [feat[field].array for feat, field, _ in remap_list]
@@ -117,7 +102,7 @@ class LeanSequentialDataset(SequentialDataset):
     def _from_scratch(self) -> None:
         """As RecBole's, or from the copy that an earlier run left (`cache_data`)."""
         self._get_preset()
-        downloads.ensure(self)
+        downloads.ensure(self, self._get_download_url)
         # a subclass may keep more than the cache holds
         stored = cache.of(self) if type(self) is LeanSequentialDataset else None
         if stored is None:
@@ -127,6 +112,24 @@ class LeanSequentialDataset(SequentialDataset):
             super()._from_scratch()
             config, self.config = self.config, config
             stored.write_from(self, config.values)
+
+    @property
+    def preloaded(self) -> dict[str, np.ndarray]:
+        """Vectors of ids that `preload_weight` asks for, by the field of the ids."""
+        return self._preloaded_weight
+
+    @preloaded.setter
+    def preloaded(self, vectors: dict[str, np.ndarray]) -> None:
+        self._preloaded_weight = vectors
+
+    def begin_restored(self) -> None:
+        """Read the names of fields, before the cache puts in what they hold."""
+        self._get_field_from_config()
+
+    def end_restored(self) -> None:
+        """Make what RecBole makes of the fields that are there now."""
+        self._init_alias()
+        self.feat_name_list = self._build_feat_name_list()
 
     def _data_processing(self) -> None:
         """As RecBole's, then tensors for its frames, sorted by user and time."""

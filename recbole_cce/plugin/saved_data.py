@@ -26,7 +26,7 @@ from recbole.data.dataset import Dataset
 from recbole_cce.data.dataset import LeanSequentialDataset
 from recbole_cce.data.sources import cache
 from recbole_cce.errors import UserError
-from recbole_cce.plugin import repairs
+from recbole_cce.plugin import reading, repairs
 
 _create_dataset = recbole.data.create_dataset
 _load_split_dataloaders = utils.load_split_dataloaders
@@ -139,4 +139,4 @@ def install() -> None:
     utils.save_split_dataloaders = save_split_dataloaders
     utils.pickle = SimpleNamespace(load=load, dump=pickle.dump)
     Dataset.save = save
-    cache.PROGRAMS.append(repairs.__file__)
+    cache.PROGRAMS += [repairs, reading]

@@ -6,7 +6,7 @@ is ranked chunk by chunk over the catalogue, and the metrics of RecBole see the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from recbole.data.interaction import Interaction

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ from recbole_cce.errors import UserError
 from recbole_cce.files import remove_parts, write_whole
 
 DESCRIPTION = "description"  # of the arrays: JSON, and first in the file
-PROGRAMS = [__file__, columns.__file__, inter.__file__, tokens.__file__]  # that data are read by; repairs are added
+PROGRAMS: list[Any] = [sys.modules[__name__], columns, inter, tokens]  # that read data; repairs are added
 PLAIN = ("field2seqlen", "field2bucketnum", "file_size_list", "notes")  # attributes of a data set that JSON can hold
 TOKENS, WEIGHTS = "field2id_token", "preloaded"  # those of a table for each field
 
@@ -83,7 +84,7 @@ def sources(dataset: Any) -> dict[str, str]:
     suffixes += ["user", "item", *(config["additional_feat_suffix"] or ())]
     data = [Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}" for suffix in suffixes]
     classes = [cls for cls in type(dataset).__mro__ if issubclass(cls, Dataset)]
-    programs = [*PROGRAMS, *map(inspect.getfile, classes)]
+    programs = [*(program.__file__ for program in PROGRAMS), *map(inspect.getfile, classes)]
     found = {name: version(name) for name in ("pandas", "numpy")}
     return found | {
         f"{path.parent.name}/{path.name}": digest(path) for path in [*map(Path, programs), *data] if path.is_file()

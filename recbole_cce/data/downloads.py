@@ -105,7 +105,7 @@ def _fetched(address: str, part: Path) -> Path:
 
 
 def _extract(address: str, archive: Path, part: Path) -> None:
-    """Put the files of an archive, which has check sums, in its place."""
+    """Put the files of an archive, which has check sums, beside it and remove it."""
     try:
         url.extract_zip(str(archive), str(part))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:

@@ -39,9 +39,9 @@ UNCOMPARED = ("encoding", "numerical_features", "discretization")  # settings th
 
 def create_dataset(config: Any) -> Dataset:
     """recbole.data.create_dataset."""
-    own = own_class(config)
-    if own is not None:
-        dataset = own(config)
+    ours = our_class(config)
+    if ours is not None:
+        dataset = ours(config)
         for key in KEYS:
             if config[key]:
                 dataset.logger.warning(
@@ -56,7 +56,7 @@ def create_dataset(config: Any) -> Dataset:
 
 def load_split_dataloaders(config: Any) -> tuple[Any, ...] | None:
     """recbole.data.utils.load_split_dataloaders."""
-    if own_class(config) or not trusts(config, "dataloaders_save_path"):
+    if our_class(config) or not trusts(config, "dataloaders_save_path"):
         return None
     with unpickling(True):
         loaders = _load_split_dataloaders(config)
@@ -65,7 +65,7 @@ def load_split_dataloaders(config: Any) -> tuple[Any, ...] | None:
 
 def save_split_dataloaders(config: Any, dataloaders: tuple[Any, ...]) -> None:
     """recbole.data.utils.save_split_dataloaders."""
-    if own_class(config):
+    if our_class(config):
         return
     for loader in dataloaders:
         loader.dataset.made_from = made_from(loader.dataset)
@@ -112,7 +112,7 @@ def load(file: Any) -> Any:
     return SimpleNamespace(config=defaultdict(object))
 
 
-def own_class(config: Any) -> type[LeanSequentialDataset] | None:
+def our_class(config: Any) -> type[LeanSequentialDataset] | None:
     """The class of a model's data sets, where it is one of this package."""
     found = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
     return found if isinstance(found, type) and issubclass(found, LeanSequentialDataset) else None

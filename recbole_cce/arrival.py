@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
@@ -43,18 +43,32 @@ class Arrival(MetaPathFinder):
 def follow(then: Callable[[], None]) -> None:
     """Call `then` as soon as RecBole's package is there.
 
+    Where modules of RecBole have run before, it is not too late for what they look up later. It is for a function that
+    somebody else's module took from them, and `then` replaces.
+
     Raises:
-        ImportError: modules of RecBole have run unrepaired.
+        ImportError: there is one; names it and who holds it.
     """
     if sys.modules.get("recbole") is None:
         sys.meta_path.insert(0, Arrival(then))
         return
-    if early := sorted(name for name in sys.modules if name.startswith("recbole.")):
-        raise ImportError(
-            f"modules of RecBole have run before they could be repaired, the first is {early[0]}: import recbole_cce "
-            "before them"
-        )
+    before = {name: dict(vars(module)) for name, module in sys.modules.items() if name.startswith("recbole.")}
     then()
+    replaced = {
+        id(value): f"{name}.{key}"
+        for name, members in before.items()
+        for key, value in members.items()
+        if isinstance(value, FunctionType) and getattr(sys.modules[name], key, None) is not value
+    }
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("recbole", "recbole_cce") or not isinstance(module, ModuleType):
+            continue
+        for key, value in list(vars(module).items()):
+            if id(value) in replaced:
+                raise ImportError(
+                    f"{name}.{key} is {replaced[id(value)]} as it was before its repair: import recbole_cce before "
+                    f"RecBole in {name}"
+                )
 
 
 def require() -> None:

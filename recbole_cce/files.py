@@ -1,4 +1,4 @@
-"""Files written whole or not at all: beside their place first, then renamed to it; folders that one process holds."""
+"""Files written whole or not at all: under another name first, then renamed; folders that one process holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ImportError:  # Windows
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that takes the place of `file` when it is complete.
+    """Let `write` fill a file that replaces `file` when it is complete.
 
     A kill, an error or a full disk leaves `file` as it was; of processes that write at once, one wins. What a kill
     leaves beside it the next writer removes.

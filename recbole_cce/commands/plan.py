@@ -20,7 +20,7 @@ MOST_ROWS = 2**20
 COLUMNS = ("loss", "batch size", "negatives", "peak GiB", "parameters + optimizer", "encoder", "loss", "")
 
 
-# In the place of auto where there are no data: memory is the same with any dropout but 0, and any learning rate.
+# Instead of auto where there are no data: memory is the same with any dropout but 0, and any learning rate.
 WITHOUT_DATA = {"hidden_dropout_prob": 0.5, "learning_rate": 0.001, "loss_type": "CCE-"}
 
 

@@ -32,10 +32,10 @@ MOST_DROPOUT, LEAST_DROPOUT = (0.5, 6), (0.1, 48)  # dropout, and the targets an
 
 
 def resolve(config: Config, train: Any) -> None:
-    """Put values into the place of `auto` in a configuration, and log them.
+    """Put values instead of `auto` into a configuration, and log them.
 
     Args:
-        config: changed in place.
+        config: is changed.
         train: the training split, a LeanSequentialDataset.
     """
     chosen: dict[str, Any] = {}

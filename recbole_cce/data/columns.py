@@ -73,14 +73,14 @@ def checked(
         _check_type(option, path, columns, config[option], FeatureType.TOKEN)
     if source == FeatureSource.INTERACTION and is_presplit(dataset):
         _check_type("benchmark_filename", path, columns, item_list(dataset), FeatureType.TOKEN_SEQ)
-    own = {config[option] for option in ROLES.get(source, ())}
+    keys_of_file = {config[option] for option in ROLES.get(source, ())}
     for name in columns.keys() & made(dataset, columns):
         raise UserError(
             f"{path}: the column {name!r} has the name of one that the data set makes itself; give it another name, or "
             "leave it out of load_col"
         )
     for name, ftype in columns.items():
-        _check_name(dataset, source, path, name, ftype, name in own)
+        _check_name(dataset, source, path, name, ftype, name in keys_of_file)
         if name in (config["val_interval"] or {}):
             _check_values(config["val_interval"][name], name, ftype)
     return columns

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ import torch
 from pandas.api.types import union_categoricals
 from recbole.config import Config
 from recbole.data.dataset import SequentialDataset
-from recbole.data.dataset import dataset as recbole_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
@@ -37,12 +35,6 @@ TARGET_COUNT = "target_count"
 ROW_NUMBER = "row_number"
 # The most of a GPU's free memory that the data may take.
 RESIDENT_SHARE = 1 / 8
-
-
-def counted(values: Any = ()) -> Counter:
-    """Counter(values), without a Python step for each value."""
-    counts = pd.Series(values).value_counts()
-    return Counter(counts[counts > 0].to_dict())
 
 
 def in_order(numbers: torch.Tensor) -> torch.Tensor:
@@ -88,15 +80,11 @@ class LeanSequentialDataset(SequentialDataset):
 
     # Large files: what RecBole does for each interaction in Python, by columns
 
-    def _filter_by_inter_num(self) -> None:
-        recbole_dataset.Counter = counted
-        try:
-            super()._filter_by_inter_num()
-        finally:
-            recbole_dataset.Counter = Counter
-
     def _concat_remaped_tokens(self, remap_list: list[tuple]) -> tuple[Any, np.ndarray]:
-        """As RecBole's, but columns of categories stay categories, which pandas.factorize need not look into."""
+        """The tokens of all columns, one after another, and where each but the last one ends.
+
+        Columns of categories stay categories, which pandas.factorize need not look into.
+        """
         parts = [feat[field].array for feat, field, _ in remap_list]
         if all(isinstance(part, pd.Categorical) for part in parts):
             return union_categoricals(parts), np.cumsum([len(part) for part in parts])[:-1]
@@ -104,20 +92,20 @@ class LeanSequentialDataset(SequentialDataset):
 
     @property
     def avg_actions_of_users(self) -> np.float64:
-        """As RecBole's."""
+        """Interactions a user, of the users that have one."""
         return np.float64(len(self.inter_feat)) / self.inter_feat[self.uid_field].bincount().count_nonzero().item()
 
     @property
     def avg_actions_of_items(self) -> np.float64:
-        """As RecBole's."""
+        """Interactions an item, of the items that have one."""
         return np.float64(len(self.inter_feat)) / self.inter_feat[self.iid_field].bincount().count_nonzero().item()
 
     # The table: made once, or read from the cache
 
     def _from_scratch(self) -> None:
-        """As RecBole's, or from the copy that an earlier run left (`cache_data`)."""
+        """Read the files, or the copy that an earlier run left (`cache_data`)."""
         self._get_preset()
-        downloads.ensure(self)
+        downloads.ensure(self, self._get_download_url)
         # a subclass may keep more than the cache holds
         stored = cache.of(self) if type(self) is LeanSequentialDataset else None
         if stored is None:
@@ -128,8 +116,26 @@ class LeanSequentialDataset(SequentialDataset):
             config, self.config = self.config, config
             stored.write_from(self, config.values)
 
+    @property
+    def preloaded(self) -> dict[str, np.ndarray]:
+        """Vectors of ids that `preload_weight` asks for, by the field of the ids."""
+        return self._preloaded_weight
+
+    @preloaded.setter
+    def preloaded(self, vectors: dict[str, np.ndarray]) -> None:
+        self._preloaded_weight = vectors
+
+    def begin_restored(self) -> None:
+        """Read the names of fields, before the cache puts in what they hold."""
+        self._get_field_from_config()
+
+    def end_restored(self) -> None:
+        """Make what RecBole makes of the fields that are there now."""
+        self._init_alias()
+        self.feat_name_list = self._build_feat_name_list()
+
     def _data_processing(self) -> None:
-        """As RecBole's, then tensors for its frames, sorted by user and time."""
+        """Filter the frames and number their tokens, as RecBole does; then make tensors, sorted by user and time."""
         super()._data_processing()
         time = None
         if self.config["benchmark_filename"] is None:
@@ -148,7 +154,7 @@ class LeanSequentialDataset(SequentialDataset):
             self.inter_feat._reindex(by_time[by_user])
 
     def _benchmark_presets(self) -> None:
-        """As RecBole's, which takes the lengths of the lists from its frame: here they are padded with 0."""
+        """Name the lists of pre-split files, and count what is in each: here they are padded with 0."""
         for field in self.inter_feat:
             list_field = field + self.config["LIST_SUFFIX"]
             if list_field in self.inter_feat:
@@ -258,21 +264,21 @@ class LeanSequentialDataset(SequentialDataset):
         return len(self.inter_feat if self.windows is None else self.windows)
 
     def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
-        """As RecBole's; by time, it uses the timestamps before their cast to float32."""
+        """Sort the rows by a field; by time, it uses the timestamps before their cast to float32."""
         if by == self.time_field and ascending is True and TARGET_ROW in self.inter_feat:
             self.inter_feat._reindex(self.time_rank[self.inter_feat[TARGET_ROW]].argsort(stable=True))
         else:
             super().sort(by, ascending)
 
     def _grouped_index(self, group_by_list: np.ndarray) -> list[np.ndarray]:
-        """As RecBole's, without its loop over rows: the rows of each user, users in the order of their first row."""
+        """The rows of each user, users in the order of their first row; without RecBole's loop over rows."""
         order = torch.from_numpy(group_by_list).argsort(stable=True).numpy()
         key = group_by_list[order]
         groups = np.split(order, np.flatnonzero(key[1:] != key[:-1]) + 1)
         return sorted(groups, key=lambda group: group[0])
 
     def _split_index_by_leave_one_out(self, grouped_index: list[np.ndarray], leave_one_num: int) -> list[np.ndarray]:
-        """As RecBole's, without its loop over rows."""
+        """Rows for training, and the last `leave_one_num` of each user, held out; without RecBole's loop over rows."""
         size = np.array([len(group) for group in grouped_index])
         index = np.concatenate(grouped_index)
         from_end = np.repeat(size.cumsum(), size) - np.arange(len(index))  # 1 for the last row of a user
@@ -288,7 +294,7 @@ class LeanSequentialDataset(SequentialDataset):
         super()._drop_unused_col()
 
     def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> Any:
-        """As RecBole's: it reads a user's first item from the first place of a list."""
+        """The sparse matrix of users and items; RecBole reads a user's first item from the first position of a list."""
         with_first_item = self.copy(self._with_lists(self.inter_feat, width=1))
         return super(LeanSequentialDataset, with_first_item).inter_matrix(form, value_field)
 
@@ -376,16 +382,16 @@ class LeanSequentialDataset(SequentialDataset):
             return None
         rows = self.inter_feat if self.windows is None else self.inter_feat[self.windows]
         columns = rows.interaction
-        tensors = [*columns.table.values(), *columns.own.values()]
+        tensors = [*columns.table.values(), *columns.of_rows.values()]
         size = sum(values.numel() * values.element_size() for values in tensors)
         if device.type == "cuda" and size > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
             return None
         moved = copy.copy(self)
-        table, own = (
-            {name: values.to(device) for name, values in part.items()} for part in (columns.table, columns.own)
+        table, of_rows = (
+            {name: values.to(device) for name, values in part.items()} for part in (columns.table, columns.of_rows)
         )
         moved.flat = Interaction({name: table[name] for name in self.flat.interaction})
-        moved.inter_feat = Rows(Gathered(table, own, columns.names))
+        moved.inter_feat = Rows(Gathered(table, of_rows, columns.names))
         if self.windows is not None:
             moved.windows = torch.arange(len(rows), device=device)  # no other row is there
         return moved

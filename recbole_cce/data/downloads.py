@@ -15,45 +15,38 @@ import sys
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recbole.data.dataset import Dataset
 from recbole.utils import url
 
 from recbole_cce.errors import UserError
 from recbole_cce.files import lock
 
-_load_data = Dataset._load_data
+Address = Callable[..., str | None]  # RecBole's look-up of the address of a data set, in its table of that name
 
 
-def load_data(self: Any, token: str, dataset_path: str) -> None:
-    """Dataset._load_data, after ensure()."""
-    ensure(self)
-    _load_data(self, token, dataset_path)
-
-
-def ensure(dataset: Any) -> None:
+def ensure(dataset: Any, address_in: Address) -> None:
     """Download a data set that is not there, or of which RecBole's own download has left a folder without interactions.
 
     Raises:
         UserError, ConnectionError: as download().
     """
     folder = Path(dataset.dataset_path)
-    if not _is_there(folder) and (not folder.exists() or dataset._get_download_url("url", allow_none=True)):
-        dataset._download()
+    if not _is_there(folder) and (not folder.exists() or address_in("url", allow_none=True)):
+        download(dataset, address_in)
 
 
-def download(self: Any) -> None:
-    """Dataset._download: beside the folder, checked, then renamed to it. Other processes wait and find it there.
+def download(dataset: Any, address_in: Address) -> None:
+    """Download beside the folder of a data set, check, then rename to it. Other processes wait and find it there.
 
     Raises:
         UserError: RecBole does not know the data set, or its address gives no archive of one.
         ConnectionError: there is no connection, or not to the end.
     """
     try:
-        address, folder = self._get_download_url("url"), Path(self.dataset_path)
+        address, folder = address_in("url"), Path(dataset.dataset_path)
     except ValueError as error:
         raise UserError(f"dataset: {error}") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,13 +59,13 @@ def download(self: Any) -> None:
         part = folder.with_name(f".{folder.name}.{uuid.uuid4().int}.download")
         part.mkdir()
         try:
-            self.logger.info(f"Prepare to download dataset [{self.dataset_name}] from [{address}].")
+            dataset.logger.info(f"Prepare to download dataset [{dataset.dataset_name}] from [{address}].")
             archive = _fetched(address, part)
             _extract(address, archive, part)
-            url.rename_atomic_files(str(part), archive.stem, self.dataset_name)
+            url.rename_atomic_files(str(part), archive.stem, dataset.dataset_name)
             (folder / archive.name).unlink(missing_ok=True)  # that of an interrupted download of RecBole's own
             _move(part, folder)
-            self.logger.info("Downloading done.")
+            dataset.logger.info("Downloading done.")
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -112,7 +105,7 @@ def _fetched(address: str, part: Path) -> Path:
 
 
 def _extract(address: str, archive: Path, part: Path) -> None:
-    """Put the files of an archive, which has check sums, in its place."""
+    """Put the files of an archive, which has check sums, beside it and remove it."""
     try:
         url.extract_zip(str(archive), str(part))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:

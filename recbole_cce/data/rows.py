@@ -14,31 +14,31 @@ TARGET_ROW = "target_row"
 
 
 class Gathered(MutableMapping[str, torch.Tensor]):
-    """Columns of a table at some of its rows, each gathered when it is asked for, and columns of its own."""
+    """Columns of a table at some of its rows, each gathered when it is asked for; and columns `of_rows` themselves."""
 
-    def __init__(self, table: dict[str, torch.Tensor], own: dict[str, torch.Tensor], names: Iterable[str]) -> None:
+    def __init__(self, table: dict[str, torch.Tensor], of_rows: dict[str, torch.Tensor], names: Iterable[str]) -> None:
         self.table = table
-        self.own = own
+        self.of_rows = of_rows
         self.names = dict.fromkeys(names)
 
     def at(self, index: Any) -> Gathered:
         """These columns at fewer or other rows."""
-        return Gathered(self.table, {name: values[index] for name, values in self.own.items()}, self.names)
+        return Gathered(self.table, {name: values[index] for name, values in self.of_rows.items()}, self.names)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self.own:
-            return self.own[name]
+        if name in self.of_rows:
+            return self.of_rows[name]
         if name in self.names:
-            return self.table[name][self.own[TARGET_ROW]]
+            return self.table[name][self.of_rows[TARGET_ROW]]
         raise KeyError(name)
 
     def __setitem__(self, name: str, values: torch.Tensor) -> None:
-        self.own[name] = values
+        self.of_rows[name] = values
         self.names[name] = None
 
     def __delitem__(self, name: str) -> None:
         del self.names[name]
-        self.own.pop(name, None)
+        self.of_rows.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

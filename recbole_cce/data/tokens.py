@@ -7,26 +7,26 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from recbole.data.dataset import Dataset
 from recbole.utils import FeatureType
 
-from recbole_cce.data.columns import is_presplit
 
-
-def remap(self: Any, remap_list: list[tuple[pd.DataFrame, str, FeatureType]]) -> None:
-    """Dataset._remap: columns that share ids become numbers, in the order in which their tokens appear, from 1 on.
+def remap(dataset: Any, columns: list[tuple[pd.DataFrame, str, FeatureType]], tokens: Any, stops: np.ndarray) -> None:
+    """Make numbers of columns that share ids, in the order in which their tokens appear, from 1 on.
 
     The table is of Python strings: in RecBole's, every token takes as many bytes as the longest.
+
+    Args:
+        dataset: gets the table.
+        columns: frame, name and type of each.
+        tokens: those of all columns, one after another.
+        stops: where each but the last one ends in them.
     """
-    if not remap_list:
-        return
-    tokens, stops = self._concat_remaped_tokens(remap_list)
     ids, found = pd.factorize(tokens)
     table = np.array(["[PAD]", *found], dtype=object)
     known = {token: number for number, token in enumerate(table)}
-    for (feat, field, ftype), values in zip(remap_list, np.split(ids + 1, stops), strict=True):
-        self.field2id_token.setdefault(field, table)
-        self.field2token_id.setdefault(field, known)
+    for (feat, field, ftype), values in zip(columns, np.split(ids + 1, stops), strict=True):
+        dataset.field2id_token.setdefault(field, table)
+        dataset.field2token_id.setdefault(field, known)
         if ftype == FeatureType.TOKEN_SEQ:
             values = np.split(values, np.cumsum(feat[field].map(len))[:-1])
         feat[field] = values
@@ -45,28 +45,3 @@ def unpacked(text: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     if stops[-1] != len(whole):
         raise ValueError(f"{stops[-1]} characters of tokens, not {len(whole)}")
     return np.array([whole[start:stop] for start, stop in pairwise(stops)], dtype=object)
-
-
-# Pre-split files bring histories as columns of their own, which RecBole gives ids of their own, too: a model then reads
-# other items than it predicts.
-
-
-def set_alias(self: Any, alias_name: str, default_value: list[str | None]) -> None:
-    """SequentialDataset._set_alias: the fields that share ids and, in pre-split files, their lists."""
-    Dataset._set_alias(self, alias_name, default_value)
-    if is_presplit(self):
-        fields = self.alias[alias_name].tolist()
-        lists = [field + self.config["LIST_SUFFIX"] for field in fields]
-        self.alias[alias_name] = np.array(list(dict.fromkeys([*fields, *filter(self.field2type.get, lists)])))
-
-
-def init_alias(self: Any) -> None:
-    """SequentialDataset._init_alias: fields of pre-split files that nothing is said of share ids with their lists."""
-    if is_presplit(self):
-        aliases = [self.config[f"alias_of_{name}_id"] or () for name in ("user", "item")]
-        said = {self.uid_field, self.iid_field}.union(*aliases)
-        for field in self.token_like_fields:
-            list_field = field + self.config["LIST_SUFFIX"]
-            if list_field in self.field2type and not {field, list_field} & said:
-                self._set_alias(field, [field])
-    Dataset._init_alias(self)

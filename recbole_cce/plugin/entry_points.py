@@ -6,11 +6,12 @@ imported; HyperTuning takes recbole.quick_start.objective_function.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from logging import getLogger
 from typing import Any
 
@@ -64,28 +65,38 @@ def configuration(model: str, dataset: str, files: list[str], settings: dict[str
     return Config(model, dataset, config_files(model, dataset, files), settings)
 
 
-def run_together(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+def run_together(
+    model: str,
+    dataset: str,
+    config_file_list: list[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    saved: bool = True,
+    nproc: int = 1,
+    world_size: int = -1,
+    ip: str = "localhost",
+    port: str = "5678",
+    group_offset: int = 0,
+) -> dict[str, Any] | None:
     """RecBole's run; its processes end together, with one error that names the rank.
 
     Raises:
         RankFailed, UserError: see processes.launch().
     """
-    spawn, torch.multiprocessing.spawn = torch.multiprocessing.spawn, launch
-    try:
-        return _run(*args, **kwargs)
-    finally:
-        torch.multiprocessing.spawn = spawn
+    if nproc == 1 and world_size <= 0:
+        return _run(model, dataset, config_file_list, config_dict, saved)
+    world_size = nproc if world_size == -1 else world_size
+    group = {"world_size": world_size, "ip": ip, "port": port, "nproc": nproc, "offset": group_offset}
+    queue = multiprocessing.get_context(processes.START_METHOD).SimpleQueue()
+    settings = {"config_dict": {**(config_dict or {}), **group}, "queue": queue}
+    arguments = (tuple(extensions.FILES), model, dataset, config_file_list, settings)
+    processes.launch(run_with_extensions, arguments, nproc)
+    return None if queue.empty() else queue.get()  # of the first process of all
 
 
-def launch(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, join: bool = True) -> None:
-    """processes.launch() of a function that finds what the user's own files register."""
-    processes.launch(partial(with_extensions, tuple(extensions.FILES), function), args, nprocs, join)
-
-
-def with_extensions(modules: tuple[str, ...], function: Callable[..., None], *args: Any) -> None:
-    """`function` of `args`, after modules of the user's."""
+def run_with_extensions(rank: int, modules: tuple[str, ...], *args: Any) -> None:
+    """run_recboles(), after the user's own `modules`."""
     extensions.load_again(modules)
-    function(*args)
+    run_recboles(rank, *args)
 
 
 def run_recboles(rank: int, *args: Any) -> None:
@@ -112,6 +123,19 @@ def create_dataset(config: Config) -> Any:
     return saved_data.create_dataset(config)
 
 
+_watchers: list[Callable[[Any], None]] = []
+
+
+@contextlib.contextmanager
+def trainers_shown_to(look: Callable[[Any], None]) -> Iterator[None]:
+    """Call `look` with each trainer that RecBole's entry points make meanwhile, before it trains."""
+    _watchers.append(look)
+    try:
+        yield
+    finally:
+        _watchers.remove(look)
+
+
 def get_trainer(model_type: Any, model_name: str) -> Callable[..., Any]:
     """RecBole's, for its entry points alone: their trainer goes on from the checkpoint that `resume` names."""
     trainer_class = _get_trainer(model_type, model_name)
@@ -120,6 +144,8 @@ def get_trainer(model_type: Any, model_name: str) -> Callable[..., Any]:
         trainer = trainer_class(config, model)
         if config["resume"]:
             trainer.resume_checkpoint(config["resume"])
+        for look in _watchers:
+            look(trainer)
         return trainer
 
     return make_trainer

@@ -35,7 +35,7 @@ def load(files: Iterable[str]) -> None:
 
 
 def _is_taken(path: Path) -> bool:
-    """Whether another module has the name of a file, or would be found in its place."""
+    """Whether another module has the name of a file, or would be found instead of it."""
     if path.stem in sys.modules:
         origin = getattr(sys.modules[path.stem], "__file__", None)
     else:

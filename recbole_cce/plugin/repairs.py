@@ -92,17 +92,6 @@ def scipy_update() -> str | None:
     return f"SciPy {scipy.__version__} lacks dok_matrix._update, which graph models call; it is put back"
 
 
-@contextlib.contextmanager
-def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute for the length of a with-block."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
 def ray_stand_in() -> str | None:
     """Import recbole.quick_start without ray (#1518, #1820, #2215).
 
@@ -120,9 +109,9 @@ def ray_stand_in() -> str | None:
 
     broken = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "ray"}
     ray, tune = types.ModuleType("ray"), types.ModuleType("ray.tune")
-    for module in (ray, tune):
-        module.__spec__ = ModuleSpec(module.__name__, loader=None, is_package=True)
-        module.__path__ = []
+    for stand_in in (ray, tune):
+        stand_in.__spec__ = ModuleSpec(stand_in.__name__, loader=None, is_package=True)
+        stand_in.__path__ = []
     ray.tune = tune
     tune.report = lambda *args, **metrics: None
     sys.modules.update({"ray": ray, "ray.tune": tune})
@@ -144,14 +133,15 @@ def exhaustive_search() -> str | None:
         return None
     from recbole.trainer import hyper_tuning
 
-    original = hyper_tuning.exhaustive_search
-    generators = types.SimpleNamespace(random=types.SimpleNamespace(RandomState=np.random.default_rng))
+    class NumPyWithGenerators(types.ModuleType):
+        """numpy, but its RandomState is a Generator."""
 
-    def exhaustive_search(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        with _swapped(hyper_tuning, "np", generators):  # all it asks of np
-            return original(*args, **kwargs)
+        random = types.SimpleNamespace(RandomState=np.random.default_rng)  # all that the module asks of it
 
-    hyper_tuning.exhaustive_search = exhaustive_search
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+    hyper_tuning.np = NumPyWithGenerators("numpy")
     return f"hyperopt {version} refuses the RandomState of RecBole's exhaustive search; it gets a Generator"
 
 
@@ -328,9 +318,9 @@ def atomic_files() -> str:
     """
     from recbole.data.dataset import Dataset
 
-    from recbole_cce.data.sources import inter
+    from recbole_cce.plugin import reading
 
-    Dataset._load_feat = inter.load_feat
+    Dataset._load_feat = reading.load_feat
     return "data files are read without quotes and guessed missing values; types of columns are checked"
 
 
@@ -338,12 +328,22 @@ def token_tables() -> str:
     """Keep tokens in the bytes that they take; give lists of pre-split files the ids of their items (not reported)."""
     from recbole.data.dataset import Dataset, SequentialDataset
 
-    from recbole_cce.data import tokens
+    from recbole_cce.plugin import reading
 
-    Dataset._remap = tokens.remap
-    SequentialDataset._set_alias = tokens.set_alias
-    SequentialDataset._init_alias = tokens.init_alias
+    Dataset._remap = reading.remap
+    SequentialDataset._set_alias = reading.set_alias
+    SequentialDataset._init_alias = reading.init_alias
     return "tables of tokens take their bytes, not the longest token's for each; pre-split lists share the items' ids"
+
+
+def counts_by_columns() -> str:
+    """Count the interactions of users and items by columns: RecBole takes a Python step for each (not reported)."""
+    from recbole.data.dataset import dataset
+
+    from recbole_cce.plugin import reading
+
+    dataset.Counter = reading.counted
+    return "interactions are counted without a Python step for each"
 
 
 def pandas_fill_nan() -> str | None:
@@ -436,10 +436,10 @@ def whole_downloads() -> str:
     """Download data sets whole or not at all, in one of several processes; without a group, too (#1989, #2050)."""
     from recbole.data.dataset import Dataset
 
-    from recbole_cce.data import downloads
+    from recbole_cce.plugin import reading
 
-    Dataset._load_data = downloads.load_data
-    Dataset._download = downloads.download
+    Dataset._load_data = reading.load_data
+    Dataset._download = reading.download
     return "data sets are downloaded beside their folder, checked and renamed, by one process"
 
 
@@ -501,10 +501,10 @@ def collector_keeps_counters() -> str | None:
     from recbole.evaluator.register import metrics_dict
     from recbole.trainer import trainer
 
-    from recbole_cce.training import evaluation
+    from recbole_cce.plugin import collector
 
-    trainer.Collector = evaluation.Collector
-    metrics_dict.update(evaluation.OF_ITEMS)
+    trainer.Collector = collector.Collector
+    metrics_dict.update(collector.OF_ITEMS)
     return "coverage and popularity metrics no longer crash on .cpu(), and count what was recommended alone"
 
 
@@ -523,6 +523,7 @@ REPAIRS: list[Callable[[], str | None]] = [
     safe_checkpoints,
     atomic_files,
     token_tables,
+    counts_by_columns,
     pandas_fill_nan,
     pandas_sequence_lengths,
     columns_of_options,

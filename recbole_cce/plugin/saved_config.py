@@ -91,12 +91,12 @@ def check_resumed(saved: dict[str, Any], config: Config, file: Any) -> None:
     A key that an earlier version did not have may have any value; a loss_type that is still to be chosen is compared
     when the data are there.
     """
-    own = kept(config)
-    if own.get("loss_type") == "auto":
-        own["loss_type"] = saved.get("loss_type")
+    present = kept(config)
+    if present.get("loss_type") == "auto":
+        present["loss_type"] = saved.get("loss_type")
     for key in ["model", "dataset", *saved]:
-        if key not in MAY_DIFFER and key not in OF_ONE_RUN and _lists(saved[key]) != _lists(own.get(key)):
-            raise UserError(f"{file} is a checkpoint of {key} {saved[key]}, not of {own.get(key)}")
+        if key not in MAY_DIFFER and key not in OF_ONE_RUN and _lists(saved[key]) != _lists(present.get(key)):
+            raise UserError(f"{file} is a checkpoint of {key} {saved[key]}, not of {present.get(key)}")
 
 
 def _lists(value: Any) -> Any:

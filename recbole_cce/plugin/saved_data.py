@@ -8,12 +8,14 @@ it is read: none is, whatever its name and wherever that comes from, unless the 
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections import defaultdict
+from collections.abc import Iterator
+from contextvars import ContextVar
 from logging import getLogger
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import recbole.data
 import recbole.data.dataset
@@ -24,7 +26,7 @@ from recbole.data.dataset import Dataset
 from recbole_cce.data.dataset import LeanSequentialDataset
 from recbole_cce.data.sources import cache
 from recbole_cce.errors import UserError
-from recbole_cce.plugin import repairs
+from recbole_cce.plugin import reading, repairs
 
 _create_dataset = recbole.data.create_dataset
 _load_split_dataloaders = utils.load_split_dataloaders
@@ -37,9 +39,9 @@ UNCOMPARED = ("encoding", "numerical_features", "discretization")  # settings th
 
 def create_dataset(config: Any) -> Dataset:
     """recbole.data.create_dataset."""
-    own = own_class(config)
-    if own is not None:
-        dataset = own(config)
+    ours = our_class(config)
+    if ours is not None:
+        dataset = ours(config)
         for key in KEYS:
             if config[key]:
                 dataset.logger.warning(
@@ -47,24 +49,23 @@ def create_dataset(config: Any) -> Dataset:
                     "from the copy that cache_data keeps"
                 )
         return dataset
-    load = pickle.load if trusts(config, "dataset_save_path") else left_alone
-    with mock.patch.object(utils, "pickle", SimpleNamespace(load=load, dump=pickle.dump)):
+    with unpickling(trusts(config, "dataset_save_path")):
         dataset = _create_dataset(config)
     return dataset if dataset.config is config or is_fresh(dataset, config) else type(dataset)(config)
 
 
 def load_split_dataloaders(config: Any) -> tuple[Any, ...] | None:
     """recbole.data.utils.load_split_dataloaders."""
-    if own_class(config) or not trusts(config, "dataloaders_save_path"):
+    if our_class(config) or not trusts(config, "dataloaders_save_path"):
         return None
-    with mock.patch.object(utils, "pickle", pickle):
+    with unpickling(True):
         loaders = _load_split_dataloaders(config)
     return loaders if loaders and all(is_fresh(loader.dataset, config) for loader in loaders) else None
 
 
 def save_split_dataloaders(config: Any, dataloaders: tuple[Any, ...]) -> None:
     """recbole.data.utils.save_split_dataloaders."""
-    if own_class(config):
+    if our_class(config):
         return
     for loader in dataloaders:
         loader.dataset.made_from = made_from(loader.dataset)
@@ -87,8 +88,23 @@ def trusts(config: Any, key: str) -> bool:
     return bool(config["trust_checkpoint"])
 
 
-def left_alone(file: Any) -> Any:
-    """In the place of pickle.load: a data set whose settings are no run's, so that RecBole makes another."""
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+@contextlib.contextmanager
+def unpickling(trusted: bool) -> Iterator[None]:
+    """Let RecBole unpickle data meanwhile, or not."""
+    before = _trusted.set(trusted)
+    try:
+        yield
+    finally:
+        _trusted.reset(before)
+
+
+def load(file: Any) -> Any:
+    """pickle.load for RecBole; of an untrusted file a data set whose settings are no run's, so that another is made."""
+    if _trusted.get():
+        return pickle.load(file)
     getLogger().warning(
         f"{file.name} holds pickled objects, which can run any code: the data set is made anew; --trust-checkpoint "
         "reads the file"
@@ -96,7 +112,7 @@ def left_alone(file: Any) -> Any:
     return SimpleNamespace(config=defaultdict(object))
 
 
-def own_class(config: Any) -> type[LeanSequentialDataset] | None:
+def our_class(config: Any) -> type[LeanSequentialDataset] | None:
     """The class of a model's data sets, where it is one of this package."""
     found = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
     return found if isinstance(found, type) and issubclass(found, LeanSequentialDataset) else None
@@ -121,6 +137,6 @@ def install() -> None:
     recbole.data.create_dataset = utils.create_dataset = recbole_quick_start.create_dataset = create_dataset
     utils.load_split_dataloaders = load_split_dataloaders
     utils.save_split_dataloaders = save_split_dataloaders
-    utils.pickle = SimpleNamespace(load=left_alone, dump=pickle.dump)
+    utils.pickle = SimpleNamespace(load=load, dump=pickle.dump)
     Dataset.save = save
-    cache.PROGRAMS.append(repairs.__file__)
+    cache.PROGRAMS += [repairs, reading]

@@ -97,11 +97,16 @@ print(sorted(repairs.ACTIVE), list(registration.MODELS), load_data_and_model.__m
     assert lines == [f"False {aliases}", f"{sorted(repairs.ACTIVE)} {models} recbole_cce.plugin.entry_points"]
 
 
+def test_modules_of_recbole_that_ran_before_are_repaired():
+    code = "from recbole.config import Config; import recbole_cce; print(Config('SASRecCCE', 'ml-100k')['loss_type'])"
+    assert python("-c", code).stdout == "auto\n"
+
+
 def test_too_late_is_refused():
-    process = python("-c", "import recbole.config, recbole_cce")
+    process = python("-c", "from recbole.data import create_dataset as make; import recbole_cce")
     assert process.stderr.splitlines()[-1] == (
-        "ImportError: modules of RecBole have run before they could be repaired, the first is recbole.config: import "
-        "recbole_cce before them"
+        "ImportError: __main__.make is recbole.data.create_dataset as it was before its repair: import recbole_cce "
+        "before RecBole in __main__"
     )
 
 

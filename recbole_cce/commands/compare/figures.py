@@ -25,7 +25,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run; `best` is the place of the epoch that was tested."""
+    """One run; `best` is the index of the epoch that was tested."""
 
     x: list[float]
     y: list[float]
@@ -49,8 +49,8 @@ def scatter(points: dict[str, Point], order: list[str], x_label: str, y_label: s
             markersize=8,
             capsize=3,
         )
-    places = [point.x for point in points.values()]
-    if min(places) > 0 and max(places) > 5 * min(places):
+    positions = [point.x for point in points.values()]
+    if min(positions) > 0 and max(positions) > 5 * min(positions):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(LogFormatter())
         axes.xaxis.set_minor_formatter(LogFormatter())  # labels some between powers of ten where there are few of those

@@ -68,11 +68,11 @@ def html_settings(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     configs = {name: config for name, config in configs.items() if config is not None}
     keys = sorted(set().union(*configs.values()) - {"checkpoint_dir", "seed", "model"})
     values = {key: [json.dumps(config[key]) if key in config else "-" for config in configs.values()] for key in keys}
-    own = [[key, *row] for key, row in values.items() if len(set(row)) > 1]
+    differing = [[key, *row] for key, row in values.items() if len(set(row)) > 1]
     shared = [[key, row[0]] for key, row in values.items() if len(set(row)) == 1]
     return [
         "<p>What differs between the models; a dash where a model does not have the key.</p>",
-        html_table([["key", *configs], *own]),
+        html_table([["key", *configs], *differing]),
         f"<details><summary>What all share</summary>{html_table([['key', 'value'], *shared])}</details>",
     ]
 

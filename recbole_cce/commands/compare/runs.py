@@ -147,7 +147,7 @@ def plan(
             if folder in folders:
                 raise UserError(f"--variant: {one.name!r} has the settings of {folders[folder]!r}")
             folders[folder] = one.name
-            own = {"seed": seed, "checkpoint_dir": folder}
+            of_run = {"seed": seed, "checkpoint_dir": folder}
             trials.append(
                 Trial(
                     name=one.name,
@@ -155,7 +155,7 @@ def plan(
                     dataset=dataset,
                     seed=seed,
                     files=tuple(files),
-                    settings={**common, **one.settings, **own},
+                    settings={**common, **one.settings, **of_run},
                     time_limit=time_limit,
                     folder=folder,
                     modules=modules_of(one.model),

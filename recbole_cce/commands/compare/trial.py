@@ -18,22 +18,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import recbole
 import torch
-from recbole.data.dataset.dataset import Dataset
-from recbole.evaluator.base_metric import TopkMetric
-from recbole.quick_start import quick_start as recbole_quick_start
 
 import recbole_cce
 from recbole_cce.distributed.processes import end_with_parent
 from recbole_cce.errors import UserError, reason
 from recbole_cce.files import write_whole
-from recbole_cce.plugin import entry_points, extensions, registration
+from recbole_cce.plugin import entry_points, extensions, reading, registration, watched
 
 # what result.json holds and what it is, in every state and where the run was tested
 KEYS = {"name": str, "seed": int, "state": str, "curve": list, "parallel": int}
@@ -112,7 +108,7 @@ def run(trial: Trial, stop_at: float, parallel: int, share: int) -> None:
     own_process(trial, parallel)
     with failure_kept(trial):
         if trial.model not in registration.MODELS:
-            order_exactly()
+            reading.order_exactly()
         train_and_test(Watch(trial, stop_at, share))
 
 
@@ -141,41 +137,16 @@ def failure_kept(trial: Trial) -> Iterator[None]:
 
 def train_and_test(watch: Watch) -> None:
     """RecBole's run_recbole with a watched trainer; keeps the result."""
-    trial, get_trainer = watch.trial, recbole_quick_start.get_trainer
-    recbole_quick_start.get_trainer = lambda *kind: lambda *made_of: watch.trainer(get_trainer(*kind)(*made_of))
+    trial = watch.trial
     try:
-        outcome = entry_points.run(trial.model, trial.dataset, list(trial.files), config_dict=dict(trial.settings))
+        with entry_points.trainers_shown_to(watch.trainer):
+            outcome = entry_points.run(trial.model, trial.dataset, list(trial.files), config_dict=dict(trial.settings))
     except torch.OutOfMemoryError as error:
         print(error)
         trial.save(watch.result | {"state": "out of memory"})
         return
     watch.save_users()
     trial.save(watch.result | {"state": watch.state, "test": outcome["test_result"]})
-
-
-def order_exactly() -> None:
-    """Let RecBole's data sets sort by the time in the file, as ours do, so that all models have the same splits.
-
-    They sort after a cast to float32, which cannot tell seconds since 1970 apart within 128 s: some users are tested on
-    another item then. The time is float64 until the splits are made.
-    """
-    change_feat_format, build = Dataset._change_feat_format, Dataset.build
-
-    def with_exact_time(self: Dataset) -> None:
-        frame = self.inter_feat
-        change_feat_format(self)
-        if self.time_field in frame:
-            exact = torch.from_numpy(frame[self.time_field].to_numpy(np.float64, copy=True))
-            self.inter_feat.interaction[self.time_field] = exact
-
-    def build_and_cast(self: Dataset) -> list[Dataset]:
-        splits = build(self)
-        for dataset in (self, *splits):
-            fields = dataset.inter_feat.interaction
-            fields.update({name: value.float() for name, value in fields.items() if value.dtype == torch.float64})
-        return splits
-
-    Dataset._change_feat_format, Dataset.build = with_exact_time, build_and_cast
 
 
 class Watch:
@@ -198,8 +169,8 @@ class Watch:
         }
         trial.save(self.result)
 
-    def trainer(self, trainer: Any) -> Any:
-        """`trainer`, watched."""
+    def trainer(self, trainer: Any) -> None:
+        """Watch a trainer."""
         self.watched, self.config = trainer, trainer.config
         self.cuda = self.config["device"].type == "cuda"
         self.result |= {
@@ -208,18 +179,15 @@ class Watch:
             "config": {key: plain(value) for key, value in sorted(self.config.final_config_dict.items())},
             "valid_metric": self.config["valid_metric"].lower(),
         }
-        for name, around in {
-            "fit": self.fit,
-            "_train_epoch": self.train_epoch,
-            "_valid_epoch": self.valid_epoch,
-            "_full_sort_batch_eval": self.full_sort_batch,
-            "_neg_sample_batch_eval": self.neg_sample_batch,
-        }.items():
-            setattr(trainer, name, partial(around, getattr(trainer, name)))
-        for metric in trainer.evaluator.metric_class.values():
-            if isinstance(metric, TopkMetric):
-                metric.topk_result = partial(self.topk_result, metric.topk_result)
-        return trainer
+        watched.put_around(
+            trainer,
+            fit=self.fit,
+            train_epoch=self.train_epoch,
+            valid_epoch=self.valid_epoch,
+            full_sort_batch=self.full_sort_batch,
+            neg_sample_batch=self.neg_sample_batch,
+            topk_result=self.topk_result,
+        )
 
     def fit(self, fit: Callable, train_data: Any, valid_data: Any = None, **kwargs: Any) -> Any:
         """RecBole's fit, ended where the time is up."""

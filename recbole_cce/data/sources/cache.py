@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +31,9 @@ from recbole_cce.errors import UserError
 from recbole_cce.files import remove_parts, write_whole
 
 DESCRIPTION = "description"  # of the arrays: JSON, and first in the file
-PROGRAMS = [__file__, columns.__file__, inter.__file__, tokens.__file__]  # that data are read by; repairs are added
+PROGRAMS: list[Any] = [sys.modules[__name__], columns, inter, tokens]  # that read data; repairs are added
 PLAIN = ("field2seqlen", "field2bucketnum", "file_size_list", "notes")  # attributes of a data set that JSON can hold
-TOKENS, WEIGHTS = "field2id_token", "_preloaded_weight"  # those of a table for each field
+TOKENS, WEIGHTS = "field2id_token", "preloaded"  # those of a table for each field
 
 
 class Reading:
@@ -83,7 +84,7 @@ def sources(dataset: Any) -> dict[str, str]:
     suffixes += ["user", "item", *(config["additional_feat_suffix"] or ())]
     data = [Path(dataset.dataset_path) / f"{dataset.dataset_name}.{suffix}" for suffix in suffixes]
     classes = [cls for cls in type(dataset).__mro__ if issubclass(cls, Dataset)]
-    programs = [*PROGRAMS, *map(inspect.getfile, classes)]
+    programs = [*(program.__file__ for program in PROGRAMS), *map(inspect.getfile, classes)]
     found = {name: version(name) for name in ("pandas", "numpy")}
     return found | {
         f"{path.parent.name}/{path.name}": digest(path) for path in [*map(Path, programs), *data] if path.is_file()
@@ -154,8 +155,8 @@ def describe(dataset: Any, described: dict[str, Any]) -> dict[str, np.ndarray]:
         field: source.value if isinstance(source, FeatureSource) else source
         for field, source in dataset.field2source.items()
     }
-    arrays |= {f"{WEIGHTS}/{field}": values for field, values in dataset._preloaded_weight.items()}
-    described[WEIGHTS] = list(dataset._preloaded_weight)
+    arrays |= {f"{WEIGHTS}/{field}": values for field, values in dataset.preloaded.items()}
+    described[WEIGHTS] = list(dataset.preloaded)
     owners: dict[int, str] = {}  # fields of one space of ids share one table: that of the first
     described[TOKENS] = {field: owners.setdefault(id(table), field) for field, table in dataset.field2id_token.items()}
     for field in owners.values():
@@ -170,7 +171,7 @@ def describe(dataset: Any, described: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def restore(dataset: Any, described: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Give a data set what describe() took from one."""
-    dataset._get_field_from_config()
+    dataset.begin_restored()
     for name in PLAIN:
         if name in described:
             setattr(dataset, name, described[name])
@@ -179,7 +180,7 @@ def restore(dataset: Any, described: dict[str, Any], arrays: dict[str, np.ndarra
     dataset.field2source = {
         field: FeatureSource(value) if value in known else value for field, value in described["field2source"].items()
     }
-    dataset._preloaded_weight = {field: arrays[f"{WEIGHTS}/{field}"] for field in described[WEIGHTS]}
+    dataset.preloaded = {field: arrays[f"{WEIGHTS}/{field}"] for field in described[WEIGHTS]}
     tables = {
         field: unpacked(arrays[f"{TOKENS}/{field}"], arrays[f"{TOKENS}/{field}/lengths"])
         for field in dict.fromkeys(described[TOKENS].values())
@@ -192,5 +193,4 @@ def restore(dataset: Any, described: dict[str, Any], arrays: dict[str, np.ndarra
         setattr(dataset, name, Interaction({field: torch.from_numpy(arrays[f"{name}/{field}"]) for field in fields}))
     if "time_rank" in arrays:
         dataset.time_rank = torch.from_numpy(arrays["time_rank"])
-    dataset._init_alias()
-    dataset.feat_name_list = dataset._build_feat_name_list()
+    dataset.end_restored()

@@ -211,41 +211,48 @@ def sequences(cells: pd.Series, ftype: FeatureType, separator: str) -> list[np.n
     ]
 
 
-def load_feat(self: Any, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
-    """Dataset._load_feat: the columns of a file that are asked for, without lines that lack one which is read.
+def load(
+    dataset: Any, filepath: str, source: FeatureSource | str, loaded: set[str] | None, unloaded: set[str] | None
+) -> pd.DataFrame | None:
+    """The columns of a file that are asked for, without lines that lack one which is read.
+
+    Args:
+        dataset: is told of the columns and of what was left out.
+        filepath: the file.
+        source: which of a data set's files it is.
+        loaded, unloaded: names of columns to read, None for all, and of those to leave out.
 
     Raises:
         UserError: names the file, and what is wrong with it or with the option that asks for a column.
     """
-    loaded, unloaded = self._get_load_and_unload_col(source)
     if loaded == set():
         return None
-    file = AtomicFile(filepath, self.config["field_separator"], self.config["encoding"])
+    file = AtomicFile(filepath, dataset.config["field_separator"], dataset.config["encoding"])
     header = file.header()
     columns = {
         name: ftype
         for name, ftype in header.items()
         if (loaded is None or name in loaded) and name not in (unloaded or ())
     }
-    columns = checked(self, source, filepath, header, columns)
+    columns = checked(dataset, source, filepath, header, columns)
     if not columns:
-        self.logger.warning(f"No columns has been loaded from [{source}]")
+        dataset.logger.warning(f"No columns has been loaded from [{source}]")
         return None
     if source != "link":
-        describe(self, source, columns)
+        describe(dataset, source, columns)
     frame = file.read(columns)
     for name, ftype in columns.items():
         if ftype.value.endswith("seq"):
             try:
-                frame[name] = sequences(frame[name], ftype, self.config["seq_separator"])
+                frame[name] = sequences(frame[name], ftype, dataset.config["seq_separator"])
             except ValueError as error:
                 raise UserError(f"{filepath}: the column {name!r} takes numbers: {error}") from None
             longest = max(map(len, frame[name]), default=0)
-            length = min((self.config["seq_len"] or {}).get(name, longest), longest)
+            length = min((dataset.config["seq_len"] or {}).get(name, longest), longest)
             if length < longest:
                 frame[name] = [values[:length] for values in frame[name]]
-            self.field2seqlen[name] = length
-    return complete(self, file, frame, *needed(self, source, columns))
+            dataset.field2seqlen[name] = length
+    return complete(dataset, file, frame, *needed(dataset, source, columns))
 
 
 def complete(dataset: Any, file: AtomicFile, frame: pd.DataFrame, needed: list[str], key: str | None) -> pd.DataFrame:

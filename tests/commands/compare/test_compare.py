@@ -25,12 +25,12 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.dataset.dataset import Dataset
 from recbole.quick_start import load_data_and_model, run_recbole
-from recbole.quick_start import quick_start as recbole_quick_start
 from scipy import stats
 
 from recbole_cce import cli
 from recbole_cce.commands.compare import figures, report, runs, trial
 from recbole_cce.commands.compare.trial import Trial, Watch
+from recbole_cce.plugin import reading
 from tests.conftest import write_inter
 from tests.process import SCRIPT, python_path
 
@@ -448,7 +448,6 @@ def make_trial(folder, model, **options):
 
 
 def train(monkeypatch, one, stop_at=math.inf):
-    monkeypatch.setattr(recbole_quick_start, "get_trainer", recbole_quick_start.get_trainer)  # put back at the end
     trial.train_and_test(Watch(one, stop_at, 1))
     return one.result()
 
@@ -528,7 +527,7 @@ def test_recboles_data_sets_are_ordered_as_ours(folder, monkeypatch):
         with pytest.MonkeyPatch.context() as patch:
             for name in ("_change_feat_format", "build"):
                 patch.setattr(Dataset, name, getattr(Dataset, name))
-            trial.order_exactly()
+            reading.order_exactly()
             assert targets("SASRec") == ours
 
 

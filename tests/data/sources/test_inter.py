@@ -14,6 +14,7 @@ from recbole.utils import FeatureSource
 
 from recbole_cce.data.sources import inter
 from recbole_cce.errors import UserError
+from recbole_cce.plugin import reading
 from tests.build import experiment
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float"
@@ -161,7 +162,7 @@ def test_columns_to_the_same_bits(settings, write, monkeypatch, separator, lines
     header = (HEADER + "\trating:float\ttag:token\ttags:token_seq\tscores:float_seq").replace("\t", separator)
     path = write(rows, header, separator=separator)
     dataset = load(settings, field_separator=separator)
-    frame = inter.load_feat(dataset, path, FeatureSource.INTERACTION)
+    frame = reading.load_feat(dataset, path, FeatureSource.INTERACTION)
     for name, column in zip(COLUMNS[:2], zip(*rows, strict=True), strict=False):
         assert frame[name].tolist() == list(column)
     assert frame["timestamp"].tolist() == [float(row[2]) for row in rows]

@@ -3,7 +3,7 @@
 Each function acts only where it is needed, names the RecBole issue it answers and returns one sentence saying
 what it did, or None where RecBole works unaided. `apply()` runs them all; `ACTIVE` keeps the sentences for
 `python run_recbole_cce.py doctor`. `ELSEWHERE` lists what RecBole's Trainer and data set get wrong at scale: that is
-answered for *our* models alone, by subclasses in trainer.py, evaluation.py and data.py.
+answered for *our* models alone, by their data set (data/dataset.py) and their trainer (training/trainer.py).
 """
 
 from __future__ import annotations

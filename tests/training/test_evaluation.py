@@ -53,6 +53,7 @@ def ml100k(tmp_path_factory):
         "show_progress": False,
         "hidden_size": 32,
         "inner_size": 32,
+        "positions": "start",  # as RecBole's SASRec, which takes the same weights
         "MAX_ITEM_LIST_LENGTH": 6,
         "learning_rate": 0.01,
         "train_batch_size": 512,

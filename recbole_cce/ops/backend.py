@@ -6,6 +6,8 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,13 +24,24 @@ MIN_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores, and what torch's flash att
 
 logger = logging.getLogger(__name__)
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compile calls `function` while it traces and keeps the result.
+
+    The mark that torch.compiler.assume_constant_result leaves, which imports torch._dynamo: as long as torch itself.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def before_ampere(device: torch.device) -> bool:
     """Whether a GPU is older than what kernels of 16 bits, torch's flash attention too, are written for."""
     return torch.cuda.get_device_capability(device) < MIN_CAPABILITY
@@ -48,7 +61,7 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype | None, ...], dim: int) -> str:
     """ "triton" or "torch" for an op on a device. Only `auto` falls back, with one log line for each op and reason.
 
@@ -71,7 +84,7 @@ def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtyp
     return "torch"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def kernel_unavailable(op: str, device: torch.device, dtypes: tuple[torch.dtype | None, ...], dim: int) -> str | None:
     """Why the Triton kernels of an op cannot run, or None where they can."""
     reason = triton_unavailable(device)

@@ -1,10 +1,10 @@
-"""What every launch needs: the device, its shared memory, the precision of products, how matrices lie in memory."""
+"""What every launch needs: the device, its chip, the precision of products, how matrices lie in memory."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,18 +37,34 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have."""
-    if device.type != "cuda":
-        return 2**17  # the interpreter
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+class Chip(NamedTuple):
+    """What of a GPU decides how kernels are launched on it.
+
+    Attributes:
+        capability: compute capability.
+        shared_memory: bytes that a program can have.
+        processors: streaming multiprocessors.
+    """
+
+    capability: tuple[int, int]
+    shared_memory: int
+    processors: int
+
+
+INTERPRETER = Chip((0, 0), 2**17, 4)
+
+
+def chip(device: torch.device) -> Chip:
+    """The one that kernels on tensors of a device are launched on; on those of the CPU the interpreter runs them."""
+    return gpu(device) if device.type == "cuda" else INTERPRETER
 
 
 @functools.cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of the GPU; a few in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def gpu(device: torch.device) -> Chip:
+    """What torch says of a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = properties.major, properties.minor
+    return Chip(capability, properties.shared_memory_per_block_optin, properties.multi_processor_count)
 
 
 def precision() -> str:

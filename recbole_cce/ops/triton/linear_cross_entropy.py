@@ -18,12 +18,11 @@ from recbole_cce.ops.triton.direction import scale_direction
 from recbole_cce.ops.triton.full_kernels import full_combine_kernel, full_forward_kernel, full_weight_gradient_kernel
 from recbole_cce.ops.triton.launch import (
     HOPPER_MEMORY,
+    chip,
     custom_op,
     matrix_options,
-    num_processors,
     padded,
     precision,
-    shared_memory,
 )
 from recbole_cce.ops.triton.negatives import NO_PADDING
 
@@ -114,9 +113,7 @@ def descriptor(matrix: torch.Tensor, rows: int, dtype: torch.dtype) -> Any:
         or matrix.stride(0) * 2 % 16
     ):
         return None
-    if matrix.device.type != "cuda" or torch.cuda.get_device_capability(matrix.device) < (9, 0):
-        return None
-    if matrix.data_ptr() % 16:
+    if chip(matrix.device).capability < (9, 0) or matrix.data_ptr() % 16:
         return None
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, padded(matrix.size(1))])
 
@@ -156,7 +153,7 @@ def forward(
     """
     n, dim = hidden.shape
     num_rows = len(table)
-    blocks = full_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
+    blocks = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory)
     order, bounds = sort_positions(target, padding_idx, num_rows, blocks.stay)
     loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)
     lse = torch.full((len(order),), NO_POSITION, dtype=lse_dtype(dtype), device=hidden.device)
@@ -171,7 +168,7 @@ def forward(
     part_bytes = 4 * n * (2 + dim * with_direction)
     splits = num_splits(
         programs,
-        num_processors(hidden.device) * blocks.programs,
+        chip(hidden.device).processors * blocks.programs,
         min(num_rows * dim * weight.itemsize // part_bytes, triton.cdiv(num_rows, 4 * blocks.stream)),
     )
     split_rows = triton.cdiv(triton.cdiv(num_rows, blocks.stream), splits) * blocks.stream
@@ -234,7 +231,7 @@ def _(
     loss = hidden.new_empty(n, dtype=torch.float32)
     lse = hidden.new_empty(num_places(n), dtype=lse_dtype(dtype))
     slope = hidden.new_empty(num_places(n), dtype=torch.float32)
-    block = full_blocks(dim, dtype.itemsize, shared_memory(hidden.device)).stay
+    block = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory).stay
     order = hidden.new_empty(num_places(n), dtype=torch.int32)
     bounds = hidden.new_empty(num_bounds(len(table), block), dtype=torch.int32)
     direction, residual = (
@@ -272,13 +269,13 @@ def weight_gradient(
     n, dim = hidden.shape
     if n == 0:
         return torch.zeros(table.shape, dtype=weight_dtype, device=table.device)
-    blocks = full_blocks(dim, dtype.itemsize, shared_memory(hidden.device))
+    blocks = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory)
     programs = triton.cdiv(len(table), blocks.stay)
     bytes_each = 4 * table.numel()
     # the first split is written to the gradient itself if that is fp32
     most = spare // bytes_each + (weight_dtype == torch.float32)
     most = min(most, triton.cdiv(n, 4 * blocks.stream))
-    splits = num_splits(programs, num_processors(hidden.device) * blocks.programs, most)
+    splits = num_splits(programs, chip(hidden.device).processors * blocks.programs, most)
     # with one split the bytes to spare hold sorted hidden states
     gather = splits > 1 or spare < hidden.nbytes
     desc = lse_desc = None

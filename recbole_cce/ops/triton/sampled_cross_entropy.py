@@ -19,11 +19,11 @@ from recbole_cce.ops.triton.direction import scale_direction
 from recbole_cce.ops.triton.launch import (
     BUFFER_ELEMENTS,
     HOPPER_MEMORY,
+    chip,
     custom_op,
     matrix_options,
     padded,
     precision,
-    shared_memory,
 )
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel
@@ -427,7 +427,7 @@ def tile_options(
     """Arguments that the tile kernels share, and the number of programs."""
     groups = num_groups(n, sharing)
     depth = triton.cdiv(n, groups)
-    blocks = tile_blocks(depth, dim, dtype.itemsize, shared_memory(device), gradient)
+    blocks = tile_blocks(depth, dim, dtype.itemsize, chip(device).shared_memory, gradient)
     blocks_per_group = triton.cdiv(depth, blocks.positions)
     return {
         "n": n,

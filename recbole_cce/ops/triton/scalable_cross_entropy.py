@@ -11,7 +11,7 @@ import triton
 
 from recbole_cce.ops.derivatives import first_derivative
 from recbole_cce.ops.triton import bucket_kernels
-from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, custom_op, matrix_options, padded, precision, shared_memory
+from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, chip, custom_op, matrix_options, padded, precision
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.scalable_blocks import bucket_blocks
 from recbole_cce.ops.triton.selection import top_rows
@@ -96,7 +96,9 @@ def forward(
         BM=16,
         num_warps=4,
     )
-    blocks = bucket_blocks(input.size(1), dtype.itemsize, table.dtype.itemsize, shared_memory(input.device), "loss")
+    blocks = bucket_blocks(
+        input.size(1), dtype.itemsize, table.dtype.itemsize, chip(input.device).shared_memory, "loss"
+    )
     blocks_per_bucket = triton.cdiv(positions.size(1), blocks.stay)
     if positions.numel() > 0:
         bucket_kernels.bucket_loss_kernel[(len(positions) * blocks_per_bucket,)](
@@ -197,7 +199,7 @@ def gradients(
         bucket_kernels.uncovered_kernel[(triton.cdiv(len(input), 16),)](
             best_ptr=best, grad_h_ptr=grad_input, n=len(input), D=dim, BD=padded(dim), BM=16, num_warps=4
         )
-        blocks = bucket_blocks(dim, dtype.itemsize, table.dtype.itemsize, shared_memory(input.device), "input")
+        blocks = bucket_blocks(dim, dtype.itemsize, table.dtype.itemsize, chip(input.device).shared_memory, "input")
         blocks_per_bucket = triton.cdiv(positions.size(1), blocks.stay)
         bucket_kernels.bucket_input_gradient_kernel[(len(positions) * blocks_per_bucket,)](
             **common,
@@ -226,7 +228,7 @@ def add_weight_gradient(
     dim = grad_weight.size(1)
     deterministic = torch.are_deterministic_algorithms_enabled()
     item_itemsize = common["w_ptr"].dtype.itemsize
-    blocks = bucket_blocks(dim, dtype.itemsize, item_itemsize, shared_memory(grad_weight.device), "weight")
+    blocks = bucket_blocks(dim, dtype.itemsize, item_itemsize, chip(grad_weight.device).shared_memory, "weight")
     blocks_per_bucket = triton.cdiv(items.size(1), blocks.stay)
     # in a fixed order: shares of some buckets at a time, which index_put_ sorts by their rows
     step = max(1, BUFFER_ELEMENTS // (items.size(1) * dim)) if deterministic else len(items)

@@ -6,15 +6,9 @@ from typing import Any, Optional
 import torch
 import triton
 
+from recbole_cce.ops.backend import interpreted
 from recbole_cce.ops.triton import selection_kernels
-from recbole_cce.ops.triton.launch import (
-    BUFFER_ELEMENTS,
-    custom_op,
-    matrix_options,
-    num_processors,
-    precision,
-    shared_memory,
-)
+from recbole_cce.ops.triton.launch import BUFFER_ELEMENTS, chip, custom_op, matrix_options, precision
 from recbole_cce.ops.triton.negatives import NO_PADDING
 from recbole_cce.ops.triton.scalable_blocks import Blocks, score_blocks
 
@@ -40,7 +34,7 @@ def top_rows(
     if num_rows == 0:
         return rows.fill_(-1)
     itemsizes = directions.dtype.itemsize, table.dtype.itemsize
-    blocks = score_blocks(table.size(1), *itemsizes, shared_memory(table.device))
+    blocks = score_blocks(table.size(1), *itemsizes, chip(table.device).shared_memory)
     # of each block of the sample there is one score or more
     capacity = min(num_rows, max(MIN_CAPACITY, SPARE * k, triton.cdiv(num_rows, SPACING * blocks.stay)))
     step = max(1, min(len(directions), BUFFER_ELEMENTS // capacity))
@@ -89,7 +83,7 @@ def select_rows(
 
     def score(mode: str, programs: int, group: int = 1, **options: Any) -> None:
         # a small table is scored by several programs a block, each for some directions
-        parts = triton.cdiv(4 * num_processors(table.device), programs)
+        parts = triton.cdiv(4 * chip(table.device).processors, programs)
         each = triton.cdiv(triton.cdiv(len(directions), parts), blocks.stream) * blocks.stream
         selection_kernels.score_kernel[(programs, triton.cdiv(len(directions), each))](
             **{**common, **options},
@@ -104,7 +98,7 @@ def select_rows(
             GROUP=group,
             PRECISION=precision(),
             MODE=mode,
-            ASSEMBLY=table.is_cuda,
+            ASSEMBLY=not interpreted(),
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )

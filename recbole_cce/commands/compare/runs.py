@@ -20,7 +20,6 @@ from dataclasses import asdict, replace
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from recbole.config import Config
 from recbole.data import create_dataset
@@ -301,8 +300,11 @@ def interrupts_held() -> Iterator[None]:
     masks = hasattr(signal, "pthread_sigmask")  # not on Windows; what is started inherits the mask
     if masks:
         # or it would start with the first process and clear the mask; of what killed processes leave it would warn
-        with mock.patch.object(sys, "warnoptions", [*sys.warnoptions, "ignore:resource_tracker"]):
+        sys.warnoptions.append("ignore:resource_tracker")
+        try:
             resource_tracker.ensure_running()
+        finally:
+            sys.warnoptions.pop()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recbole.quick_start import quick_start as recbole_quick_start
 from recbole.utils import get_trainer
 
 from recbole_cce.commands.compare.report import best
@@ -77,17 +76,15 @@ class Progress(Watch):
 
 def train(progress: Progress) -> None:
     """RecBole's run_recbole with a watched trainer, as far as the test; keeps the result and its best checkpoint."""
-    trial, get = progress.trial, recbole_quick_start.get_trainer
-    recbole_quick_start.get_trainer = lambda *kind: lambda *made_of: progress.trainer(get(*kind)(*made_of))
+    trial = progress.trial
     try:
-        entry_points.run(trial.model, trial.dataset, list(trial.files), config_dict=dict(trial.settings))
+        with entry_points.trainers_shown_to(progress.trainer):
+            entry_points.run(trial.model, trial.dataset, list(trial.files), config_dict=dict(trial.settings))
     except Trained:
         trial.save(progress.result | {"state": progress.state})
     except torch.OutOfMemoryError as error:
         print(error)
         trial.save(progress.result | {"state": "out of memory", "reason": reason(error)})
-    finally:
-        recbole_quick_start.get_trainer = get
 
 
 def serve(channel: Connection) -> None:

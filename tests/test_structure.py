@@ -100,7 +100,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 for module in sys.argv[1:]:
     importlib.import_module(module)
-print([name for name in ("pandas", "sklearn", "recbole_cce.plugin") if name in sys.modules])
+print([name for name in ("torch._dynamo", "triton", "pandas", "sklearn", "recbole_cce.plugin") if name in sys.modules])
 """
 
 

@@ -100,7 +100,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 for module in sys.argv[1:]:
     importlib.import_module(module)
-print([name for name in ("pandas", "sklearn", "recbole_cce.plugin") if name in sys.modules])
+print([name for name in ("torch._dynamo", "triton", "pandas", "sklearn", "recbole_cce.plugin") if name in sys.modules])
 """
 
 
@@ -187,7 +187,8 @@ def test_all_private_names_of_recbole_are_in_the_plugin():
 
 def test_nothing_of_recbole_is_exchanged_for_the_time_of_a_call():
     """What is replaced is replaced once, where RecBole arrives: nothing is put back."""
-    assert not [file for file in FILES if "unittest" in {name.split(".")[0] for name in imports(file)}]
+    plugin = [file for file in FILES if room(file) == "plugin"]
+    assert not [file for file in plugin if "unittest" in {name.split(".")[0] for name in imports(file)}]
     for file in FILES:
         for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Try) and node.finalbody:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from recbole_cce.nn.packing import Packing, unpack
-from recbole_cce.ops.backend import before_ampere, kernel_unavailable
+from recbole_cce.ops.backend import before_ampere, constant_when_compiled, kernel_unavailable
 
 # torch's attention over sequences of their own lengths and its option for a causal one, once has_varlen() is true
 varlen_attn: Callable[..., torch.Tensor] | None = None
@@ -67,6 +67,7 @@ def takes_variable_lengths(query: torch.Tensor, dropout: float) -> bool:
     )
 
 
+@constant_when_compiled
 def has_varlen() -> bool:
     """Whether torch has the op, which is loaded now: torch._dynamo comes with it, which takes as long as torch."""
     global varlen_attn, CAUSAL
@@ -78,9 +79,6 @@ def has_varlen() -> bool:
         parameters = inspect.signature(varlen_attn).parameters  # the option's name and form changed since
         CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
     return True
-
-
-has_varlen._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports torch._dynamo
 
 
 def causal_mask(valid: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FunctionType, ModuleType
+from typing import Any
 
 RECBOLE_VERSION = "1.2.1"
 INSTALL_COMMAND = f"pip install --no-deps recbole=={RECBOLE_VERSION}"
@@ -28,15 +29,16 @@ class Arrival(MetaPathFinder):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None:
-            run = spec.loader.exec_module
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader  # gets a method of its own
+            run = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
                 self.then()
                 sys.meta_path.remove(self)
 
-            spec.loader.exec_module = exec_module
+            loader.exec_module = exec_module
         return spec
 
 

@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -114,7 +114,7 @@ def plugin_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def recommend_parser() -> argparse.ArgumentParser:
+def recommend_parser() -> Parser:
     """Flags of `recommend`."""
     parser = checkpoint_parser("recommend", "Write the best items for each user, in external tokens.")
     parser.add_argument("--output", required=True, help="a .csv or .parquet file: user, item, rank, score")
@@ -124,7 +124,7 @@ def recommend_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> Parser:
     """Flags of `export`."""
     parser = checkpoint_parser("export", "Write item vectors for a vector index.")
     parser.add_argument("--output", required=True, help="prefix: PREFIX.npy gets the vectors, PREFIX.tsv their tokens")
@@ -140,12 +140,17 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, description: str, takes_keys: bool = False, **kwargs: Any) -> None:
-        prog = f"{Path(sys.argv[0]).name} {command}"
-        options = {"allow_abbrev": False, "exit_on_error": False, "parents": [plugin_parser()]}
-        super().__init__(prog=prog, description=description, **options, **kwargs)
+        super().__init__(
+            prog=f"{Path(sys.argv[0]).name} {command}",
+            description=description,
+            allow_abbrev=False,
+            exit_on_error=False,
+            parents=[plugin_parser()],
+            **kwargs,
+        )
         self.takes_keys = takes_keys
 
-    def parse_args(self, args: list[str]) -> argparse.Namespace:
+    def values(self, args: list[str]) -> argparse.Namespace:
         """The values of a command's flags.
 
         Raises:
@@ -170,7 +175,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def compare_parser() -> argparse.ArgumentParser:
+def compare_parser() -> Parser:
     """Flags of `compare`."""
     parser = Parser(
         "compare",
@@ -203,7 +208,7 @@ def compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def tune_parser() -> argparse.ArgumentParser:
+def tune_parser() -> Parser:
     """Flags of `tune`."""
     parser = Parser(
         "tune",
@@ -222,7 +227,7 @@ def tune_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan_parser() -> argparse.ArgumentParser:
+def plan_parser() -> Parser:
     """Flags of `plan`."""
     parser = Parser(
         "plan",
@@ -266,7 +271,7 @@ def positive_real(text: str) -> float:
     return number
 
 
-def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser:
+def checkpoint_parser(command: str, description: str) -> Parser:
     """A parser of a command that uses a trained model."""
     parser = Parser(command, description)
     parser.add_argument("--checkpoint", required=True, help="file in saved/ that training has written")
@@ -275,7 +280,7 @@ def checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser
 
 
 # name: parser of its flags, function of their values
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[..., None]]] = {
     "compare": (compare_parser, runs.compare),
     "tune": (tune_parser, tuning.tune),
     "recommend": (recommend_parser, recommend.recommend),
@@ -326,7 +331,7 @@ def run_command() -> None:
         command_parser, command = COMMANDS[sys.argv[1]]
         # RecBole's Config would look for keys in what is left in sys.argv
         flags, sys.argv[1:] = sys.argv[2:], []
-        command(**vars(command_parser().parse_args(flags)))
+        command(**vars(command_parser().values(flags)))
     else:
         entry_points.run(**arguments())
 
@@ -391,7 +396,7 @@ def check_processes(args: argparse.Namespace) -> None:
                     raise UserError(f"--port: {args.port} is in use on {args.ip}; choose another") from None
 
 
-def resumed_file(resume: str | bool | None, trust: bool, config: Config) -> str | None:
+def resumed_file(resume: str | Literal[True] | None, trust: bool, config: Config) -> str | None:
     """The checkpoint that --resume (True: without a value) asks for, checked before any data is read.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import IO, BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module that may be missing has no type
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -35,6 +35,11 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
             part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """write_whole() of what is there already."""
+    write_whole(file, lambda stream: stream.write(content))
 
 
 def remove_parts(file: Path) -> None:

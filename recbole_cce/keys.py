@@ -155,9 +155,11 @@ def is_interval(value: Any) -> bool:
     """Whether a value is a text such as `[5,inf)` or `(0,1];[3,4)`."""
     for part in str(value).split(";"):
         match = re.fullmatch(r"\s*[\[(]([^,]+),([^,]+)[\])]\s*", part)
+        if match is None:
+            return False
         try:
             low, high = map(float, match.groups())
-        except (AttributeError, ValueError):
+        except ValueError:
             return False
         if not low <= high:  # NaN, too
             return False

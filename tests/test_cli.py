@@ -387,7 +387,7 @@ def test_help_explains_the_keys_and_shows_examples(monkeypatch, capsys):
     for example in examples:
         command = example.split()[1] if len(example.split()) > 1 else None
         if command in cli.COMMANDS:
-            cli.COMMANDS[command][0]().parse_args(example.split()[2:])
+            cli.COMMANDS[command][0]().values(example.split()[2:])
             continue
         for flag in re.findall(r"--\w+=\S+", example):
             name = flag[2:].partition("=")[0]

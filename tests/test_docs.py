@@ -206,7 +206,7 @@ def test_flags_on_the_pages_exist():
             if "--plugin=" in line:  # run above
                 continue
             if command and command[0] in cli.COMMANDS:
-                cli.COMMANDS[command[0]][0]().parse_args([word for word in words if word.startswith("--")])
+                cli.COMMANDS[command[0]][0]().values([word for word in words if word.startswith("--")])
                 continue
             flags = [word for word in words if word.startswith("--") and "=" in word]
             options = {"--model", "--dataset", "--config_files", "--nproc", "--resume"}

@@ -146,7 +146,7 @@ def most_negatives(shape: Shape) -> int:
 
 def table(found: list[Step], budget: int) -> str:
     """Markdown, columns aligned; what a step that does not fit would take at least stands there, too."""
-    lines = [COLUMNS]
+    lines: list[tuple[str, ...]] = [COLUMNS]
     for step in found:
         memory = step.memory
         sizes = [memory.peak, memory.parameters, memory.encoder, memory.loss]

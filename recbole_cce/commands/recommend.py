@@ -55,11 +55,11 @@ def recommend(
     suffix = Path(output).suffix
     if suffix not in FORMATS:
         raise UserError(f"--output: {output!r} is not valid; it takes a file that ends in {' or '.join(FORMATS)}")
-    tokens = None if users is None else read_tokens(users)
+    tokens = [] if users is None else read_tokens(users)
     config, model, dataset = load(checkpoint, trust_checkpoint)
     if not 1 <= k < model.n_items:
         raise UserError(f"--k: {k} is not valid; it takes 1 to {model.n_items - 1}, the number of items")
-    ids = torch.arange(1, dataset.user_num) if tokens is None else user_ids(dataset, tokens, users)
+    ids = torch.arange(1, dataset.user_num) if users is None else user_ids(dataset, tokens, users)
     ids = with_history(dataset, ids)
     tables = recommendations(model, dataset, ids, k, exclude_seen, config)
     write_whole(Path(output), lambda file: WRITERS[suffix](file, tables))
@@ -83,7 +83,7 @@ def export(checkpoint: str, output: str, trust_checkpoint: bool = False) -> None
     getLogger().info(f"vectors of {len(tokens)} items: {output}.npy, their tokens: {output}.tsv")
 
 
-def load(checkpoint: str, trust: bool) -> tuple[Any, nn.Module, LeanSequentialDataset]:
+def load(checkpoint: str, trust: bool) -> tuple[Any, Any, LeanSequentialDataset]:
     """Configuration, model ready to score, and training split, whose flat table holds all interactions."""
     if not Path(checkpoint).is_file():
         raise UserError(f"--checkpoint: there is no file {checkpoint!r}")

@@ -56,17 +56,20 @@ class LeanSequentialDataset(SequentialDataset):
         list_fields: name of each list field -> the flat field it is gathered from.
         time_rank: [interactions] the order of their times before RecBole's cast to float32, which confuses neighbours;
             None in pre-split files.
-        windows: the rows of a training split that make batches, or None for all of them. `inter_feat` holds all rows
-            either way, so that counts and RecBole's statistics do not depend on `train_targets`.
+        windows: the rows of a training split that make batches, or None for all of them; a tensor on a GPU.
+            `inter_feat` holds all rows either way, so that counts and RecBole's statistics do not depend on
+            `train_targets`.
     """
 
+    config: Any
+    inter_feat: Any
     OWN_FIELDS = (TARGET_ROW, TARGET_COUNT, ROW_NUMBER)  # no column of a file may have these names
 
     def __init__(self, config: Config) -> None:
         self.flat: Interaction | None = None
         self.time_rank: torch.Tensor | None = None
         self.list_fields: dict[str, str] = {}
-        self.windows: np.ndarray | None = None
+        self.windows: np.ndarray | torch.Tensor | None = None
         super().__init__(config)
 
     def _reset_index(self) -> None:
@@ -190,6 +193,7 @@ class LeanSequentialDataset(SequentialDataset):
         """Add the list fields, `width` long and padded with 0 on the right, to rows of inter_feat."""
         if TARGET_ROW not in rows:  # pre-split benchmark files bring their lists with them
             return rows
+        assert self.flat is not None
         fields = dict(rows.interaction)
         end, length = fields.pop(TARGET_ROW)[..., None], fields[self.item_list_length_field][..., None]
         offset = torch.arange(width, device=end.device)
@@ -234,9 +238,12 @@ class LeanSequentialDataset(SequentialDataset):
         Raises:
             UserError: the interactions come from pre-split benchmark files.
         """
+        return self._all_interactions()[self.uid_field].bincount(minlength=self.user_num)[users]
+
+    def _all_interactions(self) -> Interaction:
         if self.flat is None:
             raise UserError("benchmark_filename: pre-split files do not tell a user's last interactions")
-        return self.flat[self.uid_field].bincount(minlength=self.user_num)[users]
+        return self.flat
 
     def latest(self, users: torch.Tensor) -> Interaction:
         """A row for each of `users` [U], as a test row of the next interaction would be: its list holds the last items.
@@ -248,7 +255,7 @@ class LeanSequentialDataset(SequentialDataset):
         count = self.history_lengths(users)
         if not count.all():
             raise ValueError(f"user {int(users[count == 0][0])} has no interaction")
-        end = torch.searchsorted(self.flat[self.uid_field], users, right=True)
+        end = torch.searchsorted(self._all_interactions()[self.uid_field], users, right=True)
         length = count.clamp(max=self.max_item_list_len)
         rows = Interaction({self.uid_field: users, self.item_list_length_field: length, TARGET_ROW: end})
         return self._with_lists_and_target_row(rows)
@@ -266,6 +273,7 @@ class LeanSequentialDataset(SequentialDataset):
     def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
         """Sort the rows by a field; by time, it uses the timestamps before their cast to float32."""
         if by == self.time_field and ascending is True and TARGET_ROW in self.inter_feat:
+            assert self.time_rank is not None
             self.inter_feat._reindex(self.time_rank[self.inter_feat[TARGET_ROW]].argsort(stable=True))
         else:
             super().sort(by, ascending)
@@ -368,7 +376,8 @@ class LeanSequentialDataset(SequentialDataset):
             largest = size.topk(min(rows, len(size))).values.sum()
             return math.ceil(min(rows * size.mean() + 6 * deviation, largest))
 
-        return Counts(*map(most, self.sizes()), fixed=True)
+        positions, targets = map(most, self.sizes())
+        return Counts(positions, targets, fixed=True)
 
     # Batches made on a GPU
 
@@ -378,7 +387,7 @@ class LeanSequentialDataset(SequentialDataset):
         None where the table would take more than RESIDENT_SHARE of the free memory, the lists come from files, or
         batches have columns of other tables.
         """
-        if TARGET_ROW not in self.inter_feat or self.user_feat is not None or self.item_feat is not None:
+        if self.flat is None or self.user_feat is not None or self.item_feat is not None:
             return None
         rows = self.inter_feat if self.windows is None else self.inter_feat[self.windows]
         columns = rows.interaction

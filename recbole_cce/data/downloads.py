@@ -24,7 +24,7 @@ from recbole.utils import url
 from recbole_cce.errors import UserError
 from recbole_cce.files import lock
 
-Address = Callable[..., str | None]  # RecBole's look-up of the address of a data set, in its table of that name
+Address = Callable[..., Any]  # RecBole's look-up of the address of a data set, in its table of that name
 
 
 def ensure(dataset: Any, address_in: Address) -> None:

@@ -27,9 +27,10 @@ def remap(dataset: Any, columns: list[tuple[pd.DataFrame, str, FeatureType]], to
     for (feat, field, ftype), values in zip(columns, np.split(ids + 1, stops), strict=True):
         dataset.field2id_token.setdefault(field, table)
         dataset.field2token_id.setdefault(field, known)
+        column: Any = values
         if ftype == FeatureType.TOKEN_SEQ:
-            values = np.split(values, np.cumsum(feat[field].map(len))[:-1])
-        feat[field] = values
+            column = np.split(values, np.cumsum(feat[field].map(len))[:-1])
+        feat[field] = column
 
 
 def packed(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

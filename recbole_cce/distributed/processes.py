@@ -95,7 +95,9 @@ def launch(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, jo
 
 def end_with_parent() -> None:
     """End this process with the one that started it, whatever it does: for a thread of its own."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -132,13 +134,13 @@ def _watch(workers: list[BaseProcess], readers: list[Connection], machines: Mach
                 return Failure(f"{machines.names(rank, 1)} is frozen: it has been stopped for {FROZEN:g} s")
         if failure := machines.known_failure():
             return failure
-        errors = [rank for rank, word in words.items() if word is not DONE]
+        errors = [(rank, word) for rank, word in words.items() if word is not DONE]
         if errors:
             reported = reported or time.monotonic()
             if time.monotonic() - reported > FOLLOWS:
-                line, of_user, trace = words[errors[0]]
+                rank, (line, of_user, trace) = errors[0]
                 print(trace, end="", file=sys.stderr)
-                return Failure(f"{machines.names(errors[0], 1)} failed: {line}", of_user)
+                return Failure(f"{machines.names(rank, 1)} failed: {line}", of_user)
         elif all(code == 0 for code in exits) and machines.all_done():
             return None
 
@@ -231,9 +233,9 @@ class Machines:
     def _talk(self) -> None:
         """A word to the others and a look at theirs at every beat, until nobody needs either."""
         try:
-            store = TCPStore(self.ip, self.port, is_master=False, timeout=MEETING)
-            store.set_timeout(timedelta(seconds=SILENT))
-            store = PrefixStore("watchers", store)
+            host = TCPStore(self.ip, self.port, is_master=False, timeout=MEETING)
+            host.set_timeout(timedelta(seconds=SILENT))
+            store = PrefixStore("watchers", host)
             heard: dict[int, tuple[bytes, float]] = {}  # rank of a machine's first process -> its last word, and when
             for beat in itertools.count():
                 ended = self.ended.is_set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from recbole_cce.nn.packing import Packing, unpack
 from recbole_cce.ops.backend import before_ampere, constant_when_compiled, kernel_unavailable
 
 # torch's attention over sequences of their own lengths and its option for a causal one, once has_varlen() is true
-varlen_attn: Callable[..., torch.Tensor] | None = None
+varlen_attn: Any = None
 CAUSAL: dict[str, Any] = {}
 
 # bytes of a number -> the longest rows for which our kernels are the fastest; fp32 has no tensor cores there
@@ -39,8 +38,8 @@ def unpacked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, dropout: float
 ) -> torch.Tensor:
     """Causal attention on packed [P, heads, D / heads], taken on padded rows."""
-    padded = (unpack(part, packing) for part in (query, key, value))
-    context = padded_attention(*padded, dropout).flatten(0, 1)
+    query, key, value = (unpack(part, packing) for part in (query, key, value))
+    context = padded_attention(query, key, value, dropout).flatten(0, 1)
     # a slot without a position takes any
     return context.index_select(0, packing.source.clamp(max=len(context) - 1))
 
@@ -73,9 +72,10 @@ def has_varlen() -> bool:
     global varlen_attn, CAUSAL
     if varlen_attn is None:
         try:
-            from torch.nn.attention.varlen import varlen_attn  # torch 2.10
+            from torch.nn.attention import varlen  # torch 2.10
         except ImportError:
             return False
+        varlen_attn = varlen.varlen_attn
         parameters = inspect.signature(varlen_attn).parameters  # the option's name and form changed since
         CAUSAL = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
     return True

@@ -9,6 +9,8 @@ positions of all sequences stand one after another, and no layer sees another on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ from recbole_cce.ops import packed_attention
 
 
 def encode(
-    encoder: nn.Module, embedded: torch.Tensor, where: torch.Tensor | Packing, attention: str = "sdpa"
+    encoder: Any, embedded: torch.Tensor, where: torch.Tensor | Packing, attention: str = "sdpa"
 ) -> torch.Tensor:
     """Run RecBole's TransformerEncoder causally.
 
@@ -53,7 +55,7 @@ def encode(
 
 
 def encode_original(
-    encoder: nn.Module, norm: nn.LayerNorm, embedded: torch.Tensor, where: torch.Tensor | Packing
+    encoder: Any, norm: nn.LayerNorm, embedded: torch.Tensor, where: torch.Tensor | Packing
 ) -> torch.Tensor:
     """As encode(), in the order of the original SASRec (Kang & McAuley, ICDM 2018, and their code).
 
@@ -86,7 +88,7 @@ def add_and_norm(norm: nn.LayerNorm, output: torch.Tensor, hidden: torch.Tensor)
     return norm(residual.to(norm.weight.dtype)).to(output.dtype)
 
 
-def attend(block: nn.Module, hidden: torch.Tensor, memory: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+def attend(block: Any, hidden: torch.Tensor, memory: torch.Tensor, packing: Packing | None) -> torch.Tensor:
     """Attention of `hidden` on `memory`, both [B, L, D] or packed [P, D], before dropout, residual and norm."""
     dropout = block.attn_dropout.p if block.training else 0.0
     heads = (block.num_attention_heads, -1)
@@ -109,13 +111,13 @@ def attend(block: nn.Module, hidden: torch.Tensor, memory: torch.Tensor, packing
     return block.dense(context.flatten(-2))
 
 
-def feed_forward(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def feed_forward(block: Any, hidden: torch.Tensor) -> torch.Tensor:
     """RecBole's feed-forward block."""
     inner = block.intermediate_act_fn(block.dense_1(hidden))
     return add_and_norm(block.LayerNorm, block.dropout(block.dense_2(inner)), hidden)
 
 
-def fuse_gelu(encoder: nn.Module) -> None:
+def fuse_gelu(encoder: Any) -> None:
     """Make the GELU of RecBole's layers one operation instead of five, with the same result."""
     for layer in encoder.layer:
         block = layer.feed_forward

@@ -114,6 +114,9 @@ class Popularity(nn.Module):
         ValueError: counts that are not one-dimensional, empty or negative; alpha that is negative or not finite.
     """
 
+    table: torch.Tensor
+    log_probability: torch.Tensor
+
     def __init__(self, counts: torch.Tensor | np.ndarray, alpha: float = 1.0) -> None:
         super().__init__()
         if isinstance(counts, torch.Tensor):

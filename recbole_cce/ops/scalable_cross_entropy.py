@@ -73,12 +73,13 @@ def scalable_cross_entropy(
             checks.check_count(name, size)
     if generator is not None and generator.device.type != input.device.type:
         raise ValueError(f"generator: is on {generator.device}, input on {input.device}")
-    if "auto" in (n_buckets, bucket_size_x):
+    if isinstance(n_buckets, str) or isinstance(bucket_size_x, str):
         auto = auto_size(len(target) if padding_idx is None else int(checks.counted(target, padding_idx).sum()))
-        n_buckets, bucket_size_x = (auto if size == "auto" else size for size in (n_buckets, bucket_size_x))
+        n_buckets = auto if isinstance(n_buckets, str) else n_buckets
+        bucket_size_x = auto if isinstance(bucket_size_x, str) else bucket_size_x
     size_x = min(bucket_size_x, len(input))
     num_items = len(weight) - (padding_idx is not None)
-    size_y = min(AUTO_BUCKET_SIZE_Y if bucket_size_y == "auto" else bucket_size_y, num_items)
+    size_y = min(AUTO_BUCKET_SIZE_Y if isinstance(bucket_size_y, str) else bucket_size_y, num_items)
     if n_buckets * (size_x + size_y) > MAX_SLOTS:
         raise ValueError(
             f"n_buckets: {n_buckets} buckets of {size_x} positions and {size_y} items are too many; all of them "

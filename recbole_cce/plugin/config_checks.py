@@ -71,7 +71,7 @@ def nothing(accepts: Any, value: str | None) -> str | None:
     return next((each for each in (None, "") if accepts(each)), value)
 
 
-def table_of(model: str, model_class: type, defaults: Mapping[str, Any]) -> dict[str, Values]:
+def table_of(model: str, model_class: Any, defaults: Mapping[str, Any]) -> dict[str, Values]:
     """What each key takes; keys of a model that it does not declare take values like their defaults."""
     ours = model in registration.MODELS
     table = dict(config_keys.RECBOLE_KEYS)

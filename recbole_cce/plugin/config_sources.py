@@ -50,9 +50,14 @@ Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
-Loader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
-)
+
+
+def python_tuple(loader: Loader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    """A list of YAML that is tagged as a tuple."""
+    return tuple(loader.construct_sequence(node, deep=True))
+
+
+Loader.add_constructor("tag:yaml.org,2002:python/tuple", python_tuple)
 
 
 def read_yaml(file: Path | str, option: str = "config_file_list") -> dict[str, Any]:

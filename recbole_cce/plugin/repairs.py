@@ -101,20 +101,20 @@ def ray_stand_in() -> str | None:
     if "recbole.quick_start" in sys.modules:
         return None
     try:
-        from ray import tune
+        from ray import tune  # noqa: F401
 
         return None
     except Exception as error:  # an old ray fails on NumPy 2 with AttributeError, on new setuptools with others
         reason = f"{type(error).__name__}: {error}"
 
     broken = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "ray"}
-    ray, tune = types.ModuleType("ray"), types.ModuleType("ray.tune")
-    for stand_in in (ray, tune):
-        stand_in.__spec__ = ModuleSpec(stand_in.__name__, loader=None, is_package=True)
+    stand_ins: dict[str, Any] = {name: types.ModuleType(name) for name in ("ray", "ray.tune")}
+    for name, stand_in in stand_ins.items():
+        stand_in.__spec__ = ModuleSpec(name, loader=None, is_package=True)
         stand_in.__path__ = []
-    ray.tune = tune
-    tune.report = lambda *args, **metrics: None
-    sys.modules.update({"ray": ray, "ray.tune": tune})
+    stand_ins["ray"].tune = stand_ins["ray.tune"]
+    stand_ins["ray.tune"].report = lambda *args, **metrics: None
+    sys.modules.update(stand_ins)
     try:
         import recbole.quick_start  # noqa: F401
     finally:
@@ -171,7 +171,7 @@ def cross_entropy_defaults() -> str | None:
 
     original = Config._load_internal_config_dict
 
-    def load_internal_config_dict(self: Any, model: str, model_class: type, dataset: str) -> None:
+    def load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
         original(self, model, model_class, dataset)
         loss_type = {**self.internal_config_dict, **self.external_config_dict}.get("loss_type")
         if (
@@ -411,7 +411,8 @@ def quiet_warnings() -> str | None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"recbole\.")
     # of its files, where they are compiled for the first time by Python 3.12 and later
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*[/\\]recbole[/\\]")
-    warnings.filterwarnings("ignore", category=pd.errors.ChainedAssignmentError, module=r"recbole\.")
+    chained = pd.errors.ChainedAssignmentError  # type: ignore[attr-defined]  # pandas-stubs leaves it out
+    warnings.filterwarnings("ignore", category=chained, module=r"recbole\.")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning, r"recbole\.")
     return "warnings of pandas and torch about RecBole's code are off"
 

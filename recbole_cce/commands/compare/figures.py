@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import ColorType
 
 MARKERS = "osD^vP*X<>"
 
@@ -85,11 +86,11 @@ def empty(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def color(order: list[str], name: str) -> tuple[float, ...]:
+def color(order: list[str], name: str) -> ColorType:
     """One colour for a model in all figures."""
-    from matplotlib import colormaps
+    from matplotlib import color_sequences
 
-    colors = colormaps["tab10" if len(order) <= 10 else "tab20"].colors
+    colors = color_sequences["tab10" if len(order) <= 10 else "tab20"]
     return colors[order.index(name) % len(colors)]
 
 

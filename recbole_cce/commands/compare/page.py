@@ -61,11 +61,11 @@ def html_figure(caption: str, image: bytes) -> str:
 
 def html_settings(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Configuration keys in which the models differ, then those that all share."""
-    configs = {
-        name: next((result["config"] for result in group if "config" in result), None)
+    configs: dict[str, dict[str, Any]] = {
+        name: found[0]
         for name, group in results.items()
+        if (found := [result["config"] for result in group if "config" in result])
     }
-    configs = {name: config for name, config in configs.items() if config is not None}
     keys = sorted(set().union(*configs.values()) - {"checkpoint_dir", "seed", "model"})
     values = {key: [json.dumps(config[key]) if key in config else "-" for config in configs.values()] for key in keys}
     differing = [[key, *row] for key, row in values.items() if len(set(row)) > 1]

@@ -18,7 +18,7 @@ from recbole_cce.commands.compare import figures
 from recbole_cce.commands.compare.page import html_page
 from recbole_cce.commands.compare.trial import Trial
 from recbole_cce.errors import UserError
-from recbole_cce.files import write_whole
+from recbole_cce.files import write_bytes
 
 Result = dict[str, Any]
 
@@ -79,7 +79,7 @@ def write(output: Path, trials: list[Trial], metric: str, command: str) -> None:
     except ImportError as error:
         images, missing = {}, error
     for name, (_, image) in images.items():
-        write_whole(output / f"{name}.png", lambda file, image=image: file.write(image))
+        write_bytes(output / f"{name}.png", image)
     write_text(output / "report.html", html_page(texts(rows), notes, images, results, command))
     print(f"{output}: {', '.join([*forms, *(f'{name}.png' for name in images), 'report.html'])}")
     if missing:
@@ -91,7 +91,7 @@ def write(output: Path, trials: list[Trial], metric: str, command: str) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """A file, whole or not at all."""
-    write_whole(file, lambda stream: stream.write(text.encode()))
+    write_bytes(file, text.encode())
 
 
 # Numbers
@@ -110,6 +110,11 @@ def at_best(key: str) -> Callable[[Result], float | None]:
 def at_end(key: str) -> Callable[[Result], float | None]:
     """A value of the last epoch."""
     return lambda result: result["curve"][-1][key] if result["curve"] else None
+
+
+def in_test(metric: str) -> Callable[[Result], float | None]:
+    """A value of the test."""
+    return lambda result: result.get("test", {}).get(metric)
 
 
 def epoch_seconds(result: Result) -> float | None:
@@ -141,7 +146,7 @@ COSTS: dict[str, Column] = {
 def metric_columns(results: dict[str, list[Result]]) -> dict[str, Column]:
     """The metrics of the test, as RecBole computes and rounds them."""
     names = dict.fromkeys(name for group in results.values() for one in tested(group) for name in one["test"])
-    return {name: (lambda result, name=name: result.get("test", {}).get(name), ".4f") for name in names}
+    return {name: (in_test(name), ".4f") for name in names}
 
 
 def table(results: dict[str, list[Result]], compared: dict[str, tuple[float, float]]) -> list[Row]:
@@ -314,9 +319,9 @@ def draw(results: dict[str, list[Result]], metric: str) -> dict[str, tuple[str, 
     for file, (label, value) in scatters.items():
         points = {}
         for name, group in results.items():
-            pairs = [(value(result), result["test"][metric]) for result in tested(group)]
-            x, y = (Cell([pair[axis] for pair in pairs if None not in pair], "") for axis in (0, 1))
-            if x.values:
+            pairs = [(one, result["test"][metric]) for result in tested(group) if (one := value(result)) is not None]
+            x, y = (Cell([pair[axis] for pair in pairs], "") for axis in (0, 1))
+            if x.mean is not None and y.mean is not None:
                 points[name] = figures.Point(x.mean, y.mean, x.deviation or 0, y.deviation or 0)
         if points:
             caption = f"Test {metric} against {label}. Bars: sample deviation over seeds."

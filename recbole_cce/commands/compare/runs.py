@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from multiprocessing import connection, resource_tracker
+from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,8 @@ def plan(
     if configs[0]["eval_step"] < 1:
         keys.refuse("eval_step", configs[0]["eval_step"], "an integer >= 1")
 
-    trials, folders = [], {}
+    trials: list[Trial] = []
+    folders: dict[str, str] = {}  # folder -> the row of the table that has it
     for one, made in zip(expanded, configs, strict=True):
         for seed in numbers:
             key = digest({**made.final_config_dict, "seed": seed}, time_limit)
@@ -257,7 +260,8 @@ def execute(trials: list[Trial], total: int, parallel: int, gpus: list[str], end
     share = math.ceil(parallel / len(gpus))  # runs of a GPU
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     stop_at = end - TEST_SECONDS
-    waiting, running = list(trials), {}
+    waiting = list(trials)
+    running: dict[int, tuple[Trial, SpawnProcess]] = {}  # by the sentinel of its process
     progress = tqdm(total=total, initial=total - len(trials), ncols=100, desc=set_color("Compare", "pink"))
     try:
         while waiting or running:
@@ -276,10 +280,10 @@ def execute(trials: list[Trial], total: int, parallel: int, gpus: list[str], end
             ended = connection.wait(list(running), None if left == math.inf else max(0, left))
             if not ended:
                 return
-            for sentinel in ended:
+            for sentinel in [one for one in running if one in ended]:
                 one, process = running.pop(sentinel)
                 process.join()
-                progress.write(line(close(one, process.exitcode), metric), file=sys.stderr)
+                progress.write(line(close(one, process), metric), file=sys.stderr)
                 progress.update()
     finally:
         progress.close()
@@ -316,19 +320,21 @@ def interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def close(trial: Trial, exitcode: int) -> dict[str, Any]:
+def close(trial: Trial, process: BaseProcess) -> dict[str, Any]:
     """The result of a run whose process has ended; one that did not say how it went has failed."""
     result = trial.result()
     if result["state"] == "unfinished":
-        result |= {"state": "failed", "reason": last_words(Path(trial.folder) / "log.txt", exitcode)}
+        result |= {"state": "failed", "reason": last_words(Path(trial.folder) / "log.txt", process)}
         trial.save(result)
     return result
 
 
-def last_words(log: Path, exitcode: int) -> str:
+def last_words(log: Path, process: BaseProcess) -> str:
     """Why a process has ended that did not say how it went."""
-    if exitcode < 0:
-        return f"ended by signal {-exitcode} ({signal.Signals(-exitcode).name})"
+    code = process.exitcode
+    assert code is not None
+    if code < 0:
+        return f"ended by signal {-code} ({signal.Signals(-code).name})"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "it printed nothing"
 

@@ -114,7 +114,9 @@ def run(trial: Trial, stop_at: float, parallel: int, share: int) -> None:
 
 def own_process(trial: Trial, parallel: int, log: str = "log.txt") -> None:
     """Make this process that of a run, one of `parallel` at a time; what it prints goes to its log."""
-    if not multiprocessing.parent_process().is_alive():
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if not parent.is_alive():
         sys.exit()  # the command was killed while this process imported torch, and may be there again
     threading.Thread(target=end_with_parent, daemon=True).start()  # which may be there again and start it anew
     stream = os.open(Path(trial.folder) / log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -145,6 +147,7 @@ def train_and_test(watch: Watch) -> None:
         print(error)
         trial.save(watch.result | {"state": "out of memory"})
         return
+    assert outcome is not None  # as of several machines, on all but the first
     watch.save_users()
     trial.save(watch.result | {"state": watch.state, "test": outcome["test_result"]})
 
@@ -280,7 +283,7 @@ class Watch:
             return
         users, row = np.unique(torch.cat(self.users).numpy(), return_inverse=True)
         means = {name: np.bincount(row, value) / np.bincount(row) for name, value in self.values.items()}
-        arrays = {"user": users, **means}
+        arrays: dict[str, Any] = {"user": users, **means}
         write_whole(Path(self.trial.folder) / "users.npz", lambda file: np.savez_compressed(file, **arrays))
         pairs = torch.cat(self.pairs, dim=1).numpy()
         pairs = pairs[:, np.lexsort(pairs)]

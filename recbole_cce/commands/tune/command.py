@@ -121,9 +121,10 @@ def search_and_report(
     print("\n".join(f"  {one}" for one in searched), flush=True)
     try:
         search.run()
-        if search.best is None:
+        number = search.best
+        if number is None:
             raise UserError(f"--budget: within {durations.words(seconds)} no trial ended an epoch; it takes more")
-        report.write(search, given, metric, search.test(), command)
+        report.write(search, number, given, metric, search.test(number), command)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)

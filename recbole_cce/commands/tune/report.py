@@ -16,34 +16,35 @@ from recbole_cce.commands.compare.page import document, html_figure, html_table
 from recbole_cce.commands.compare.report import best, join, markdown, write_text
 from recbole_cce.commands.tune import durations
 from recbole_cce.commands.tune.search import Result, Search, described, value
-from recbole_cce.files import write_whole
+from recbole_cce.files import write_bytes
 from recbole_cce.plugin import extensions
 
 SHOWN = 10  # rows that are printed
 
 
-def write(search: Search, given: dict[str, Any], metric: str, test: Result, command: str) -> None:
+def write(search: Search, number: int, given: dict[str, Any], metric: str, test: Result, command: str) -> None:
     """Print the best rows; write best.yaml, table.csv, table.md, the figures and report.html.
 
     Args:
-        search: which has ended and has a best trial.
+        search: which has ended.
+        number: of its best trial.
         given: what the user set, and every trial had.
         metric: name of the value.
-        test: of the best trial.
+        test: of that trial.
         command: what was typed.
     """
-    output, number = search.output, search.best
+    output = search.output
     title = f"{search.base.model} tuned on {search.base.dataset}"
-    settings = best_settings(search, given)
-    text = best_yaml(search, settings, metric, command)
+    settings = best_settings(search, number, given)
+    text = best_yaml(search, number, settings, metric, command)
     write_text(output / "best.yaml", text)
-    lines, notes = table(search, metric), remarks(search, metric, test)
+    lines, notes = table(search, metric), remarks(search, number, metric, test)
     page = "\n\n".join([markdown(lines), *notes]) + "\n"
     write_text(output / "table.csv", as_csv(lines))
     write_text(output / "table.md", page)
     images = draw(search, metric)
     for name, (_, image) in images.items():
-        write_whole(output / f"{name}.png", lambda file, image=image: file.write(image))
+        write_bytes(output / f"{name}.png", image)
     parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(command)}</pre>"]
     parts += [f"<p>{html.escape(note)}</p>" for note in notes]
     parts += [html_figure(caption, image) for caption, image in images.values()]
@@ -64,9 +65,8 @@ def train_command(file: Path) -> str:
 # best.yaml
 
 
-def best_settings(search: Search, given: dict[str, Any]) -> dict[str, Any]:
+def best_settings(search: Search, number: int, given: dict[str, Any]) -> dict[str, Any]:
     """Every key that the best trial had and a default run has not."""
-    number = search.best
     base = {"model": search.base.model, "dataset": search.base.dataset}
     settings = base | given | base | {"seed": search.base.seed}  # flags win over what a file names
     if number != 0:
@@ -77,11 +77,11 @@ def best_settings(search: Search, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def best_yaml(search: Search, settings: dict[str, Any], metric: str, command: str) -> str:
+def best_yaml(search: Search, number: int, settings: dict[str, Any], metric: str, command: str) -> str:
     """The file, with a comment on where it comes from."""
-    result = search.results[search.best]
+    result = search.results[number]
     comments = [
-        f"trial {search.best} of {len(search.results)}, validation {metric} {value(result):.4f}, seed "
+        f"trial {number} of {len(search.results)}, validation {metric} {value(result):.4f}, seed "
         f"{search.base.seed}, found by",
         f"  {command}",
         train_command(search.output / "best.yaml") + " trains it again",
@@ -143,12 +143,13 @@ def as_csv(lines: list[list[str]]) -> str:
     return stream.getvalue()
 
 
-def remarks(search: Search, metric: str, test: Result) -> list[str]:
+def remarks(search: Search, number: int, metric: str, test: Result) -> list[str]:
     """What a reader of the table has to know, a sentence or two each."""
-    number, results = search.best, search.results
+    results, point = search.results, best(search.results[number])
+    assert point is not None
     default = value(results[0]) if 0 in results else None
     found = f"Trial {number} is the best, with a validation {metric} of {value(results[number]):.4f} in epoch "
-    found += f"{best(results[number])['epoch']} ({described(search.study.values()[number])})"
+    found += f"{point['epoch']} ({described(search.study.values()[number])})"
     notes = [
         f"{found}; the defaults, trial 0, have {'no value' if default is None else f'{default:.4f}'}.",
         "Test of the best trial, computed once, after it was chosen: "

@@ -115,7 +115,7 @@ class Search:
             while more and len(self.running) < self.parallel and self.has_time():
                 proposal = self.study.ask()
                 more = proposal is not None
-                if more:
+                if proposal is not None:
                     self.start(proposal.number, proposal.settings)
             if not self.running:
                 break
@@ -183,7 +183,7 @@ class Search:
     def note(self, one: Running) -> None:
         """Keep the result of a trial and say it; of checkpoints keep the best trial's alone."""
         one.worker.end()
-        result = close(one.trial, one.worker.process.exitcode)
+        result = close(one.trial, one.worker.process)
         if one.late:
             result |= {"state": "late", "reason": "an epoch did not end within the budget"}
         result |= {"begun": one.begun, "ended": self.seconds}
@@ -221,10 +221,10 @@ class Search:
             text += f"; best: {value(self.results[self.best]):.4f}, trial {self.best}"
         return f"{text}; {durations.words(self.end - time.time())} left"
 
-    def test(self) -> Result:
+    def test(self, number: int) -> Result:
         """The test of the best trial, or why there is none; once for each trial that is the best at an end."""
-        file, number = self.output / "test.json", self.best
-        one, point = self.trial(number), best(self.results[number])
+        file, one, point = self.output / "test.json", self.trial(number), best(self.results[number])
+        assert point is not None
         of = {"trial": number, "epoch": point["epoch"], "value": point["score"]}
         if file.exists():
             found = json.loads(file.read_text())
@@ -238,7 +238,7 @@ class Search:
             worker.end()
         if worker.process.exitcode == 0:
             return json.loads(file.read_text())
-        return of | {"reason": last_words(Path(one.folder) / "test.txt", worker.process.exitcode)}
+        return of | {"reason": last_words(Path(one.folder) / "test.txt", worker.process)}
 
 
 def new_worker() -> Worker:

@@ -71,8 +71,9 @@ class Parameter:
         """Whether it takes a value."""
         if self.choices:
             return any(type(choice) is type(value) and choice == value for choice in self.choices)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not self.low <= value <= self.high or (self.whole and not isinstance(value, int)):
+        if not isinstance(value, int if self.whole else (int, float)) or isinstance(value, bool):
+            return False
+        if not self.low <= value <= self.high:
             return False
         steps = 0.0 if self.step is None else (value - self.low) / self.step
         return abs(steps - round(steps)) < 1e-6

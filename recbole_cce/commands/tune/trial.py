@@ -70,7 +70,9 @@ class Progress(Watch):
         self.result["fit_begun"] = self.fit_begun
         super().after_epoch(epoch, score)
         curve = self.result["curve"]
-        if self.is_behind(len(curve), best(self.result)["score"], self.reserve):
+        point = best(self.result)
+        assert point is not None, "the first validation has no number"
+        if self.is_behind(len(curve), point["score"], self.reserve):
             raise TimeIsUp("pruned")
 
 

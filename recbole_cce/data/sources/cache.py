@@ -136,7 +136,7 @@ class Cache:
         # a file that changed while it was read would be taken for what it was before
         if dataset.config["local_rank"] != 0 or sources(dataset) != self.sources:
             return
-        arrays = describe(dataset, {"sources": self.sources, "settings": settings})
+        arrays: dict[str, Any] = describe(dataset, {"sources": self.sources, "settings": settings})
         try:
             # no fsync: what a power cut tears fails its check sums
             write_whole(self.path, lambda file: np.savez(file, **arrays))

@@ -10,7 +10,7 @@ import codecs
 import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from recbole_cce.errors import UserError
 # The C engine's way to parse numbers as the Python engine does, which RecBole asks for; from pandas 3.1 it has no
 # other, and the option is deprecated.
 PANDAS_VERSION = tuple(int(part) for part in pd.__version__.split(".")[:2])
-SAME_NUMBERS = {"float_precision": "high"} if PANDAS_VERSION < (3, 1) else {}
+SAME_NUMBERS: dict[str, Any] = {"float_precision": "high"} if PANDAS_VERSION < (3, 1) else {}
 LINES_AT_A_TIME = 2**21
 NO_TOKEN = [""]
 NO_NUMBER = ["", "nan", "NaN", "NAN", "-nan", "-NaN", "NA", "N/A", "n/a", "<NA>", "#N/A", "null", "NULL", "None"]
@@ -106,7 +106,7 @@ class AtomicFile:
         with (
             self.open() as file,
             pd.read_csv(
-                Headed(first, file, self.separator, separator),
+                cast(Any, Headed(first, file, self.separator, separator)),  # has of a file what pandas asks for
                 sep=separator,
                 engine="c",
                 **SAME_NUMBERS,
@@ -126,7 +126,7 @@ class AtomicFile:
         numbers = {name: FeatureType.TOKEN for name, ftype in columns.items() if ftype == FeatureType.FLOAT}
         for name, values in self.read(numbers).items() if numbers else ():
             texts = values.cat.categories
-            texts = texts[pd.to_numeric(texts, errors="coerce").isna() & ~texts.isin(NO_NUMBER)]
+            texts = texts[pd.isna(pd.to_numeric(texts.to_numpy(), errors="coerce")) & ~texts.isin(NO_NUMBER)]
             if len(texts):
                 row = int(values.isin(texts).to_numpy().argmax())
                 where = f"{self.path}: line {self.line(row)}"
@@ -180,7 +180,7 @@ def joined(chunks: Iterable[pd.DataFrame], columns: dict[str, FeatureType]) -> p
     for chunk in chunks:
         surplus = chunk[SURPLUS].notna().to_numpy()
         if surplus.any():
-            raise SurplusError(int(chunk.index[surplus.argmax()]))
+            raise SurplusError(int(chunk.index[int(surplus.argmax())]))
         for name, ftype in columns.items():
             values = chunk[name]
             if name in ids:
@@ -191,7 +191,7 @@ def joined(chunks: Iterable[pd.DataFrame], columns: dict[str, FeatureType]) -> p
             else:
                 part = (values if ftype == FeatureType.FLOAT else values.fillna("")).to_numpy()
             parts[name].append(part)
-    table = {}
+    table: dict[str, Any] = {}
     for name in columns:
         table[name] = np.concatenate(parts.pop(name))  # the chunks of one column at a time are there twice
         if name in ids:
@@ -244,13 +244,12 @@ def load(
     for name, ftype in columns.items():
         if ftype.value.endswith("seq"):
             try:
-                frame[name] = sequences(frame[name], ftype, dataset.config["seq_separator"])
+                values: list[Any] = sequences(frame[name], ftype, dataset.config["seq_separator"])
             except ValueError as error:
                 raise UserError(f"{filepath}: the column {name!r} takes numbers: {error}") from None
-            longest = max(map(len, frame[name]), default=0)
+            longest = max(map(len, values), default=0)
             length = min((dataset.config["seq_len"] or {}).get(name, longest), longest)
-            if length < longest:
-                frame[name] = [values[:length] for values in frame[name]]
+            frame[name] = [value[:length] for value in values] if length < longest else values
             dataset.field2seqlen[name] = length
     return complete(dataset, file, frame, *needed(dataset, source, columns))
 

@@ -25,6 +25,8 @@ TRAINING = {
     "train_batch_size": 32,
     "learning_rate": 0.002,
     "hidden_dropout_prob": 0.5,
+    "positions": "start",
+    "weight_average": "none",
     "repeat_bias": "none",
 }
 COLUMNS = ["user_id", "item_id", "timestamp"]

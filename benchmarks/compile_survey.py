@@ -1,11 +1,12 @@
 """What the kernels take of chips that need not be here: shared memory, and what does not fit in registers.
 
-    python -m benchmarks.compile_survey [--chips 80 90] [--ops linear_cross_entropy] [--dims 64 256] [--numbers bf16]
+    python -m benchmarks.compile_survey [--quick] [--chips 80 90] [--ops linear_cross_entropy] [--dims 64] [--numbers bf16]
 
 Compiles everything that both passes of each op launch, as they launch it (tests/ops/compiling.py), for every chip, at
-widths on both sides of every edge of the functions that choose blocks. One line a kernel, then a table: of each chip
-and kernel the largest share of the chip's shared memory, the most bytes of a thread that were spilled, and where. All
-of it takes hours of one core, without a GPU; tests/ops/test_compiled_kernels.py keeps a part of it true.
+widths on both sides of every edge of the functions that choose blocks. One line a kernel, which says what it takes too
+much of; then a table: of each chip and kernel the largest share of the chip's shared memory, the most bytes of a thread
+that were spilled, and where. All of it takes hours of one core, without a GPU; tests/ops/test_compiled_kernels.py keeps
+a part of it true.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 from typing import NamedTuple
 
 from recbole_cce.ops.backend import COLUMNS
-from tests.ops.compiling import CHIPS, NUMBERS, OPS, kernels_of, spilled
+from tests.ops.compiling import CHIPS, NUMBERS, OPS, kernels_of, spilled, too_much
 
 DIMS = (16, 32, 64, 100, 128, 200, 256, 300, 512)
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
     parser.add_argument("--numbers", nargs="+", choices=NUMBERS, default=list(NUMBERS))
+    parser.add_argument("--quick", action="store_true", help="one variant of each launch, as the tests do")
     options = parser.parse_args()
     found = []
     for chip in options.chips:
@@ -45,10 +47,10 @@ def main() -> None:
             least, most = COLUMNS[op]
             for dim in (dim for dim in options.dims if least <= dim <= most):
                 for numbers in options.numbers:
-                    for kernel in kernels_of(op, chip, dim, numbers):
+                    for kernel in kernels_of(op, chip, dim, numbers, not options.quick):
                         metadata = kernel.metadata
                         found.append(Found(chip, op, dim, numbers, metadata.name, metadata.shared, spilled(kernel)))
-                        print(*found[-1], sep="\t", flush=True)
+                        print(*found[-1], too_much(kernel, chip) or "", sep="\t", flush=True)
     print(table(found))
 
 

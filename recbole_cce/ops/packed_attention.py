@@ -20,18 +20,19 @@ def packed_attention(
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Causal attention of each place on its own sequence, whatever the sequences' lengths.
+    """Causal attention of each position on its sequence, whatever the sequences' lengths.
 
     out_ih = sum_{j = start_i..i} w_ij v_jh,  w_ij = keep_ij / (1 - p) softmax_j(<q_ih, k_jh> / sqrt(d))
 
-    A place's cost is that of the block of places that it is in: short sequences share one.
+    A position's cost is that of the block of positions that it is in: short sequences share one.
 
     Args:
         query: [P, H, d], any strides.
         key: [P, H, d], likewise.
         value: [P, H, d], likewise.
-        spans: [P, 2] int32, where each place's sequence starts and ends; see sequences(). They are checked where that
-            costs no wait for a GPU, and under torch.autograd.detect_anomaly(); kernels read within the P places anyway.
+        spans: [P, 2] int32, where each position's sequence starts and ends; see sequences(). They are checked where
+            that costs no wait for a GPU, and under torch.autograd.detect_anomaly(); kernels read within the P
+            positions anyway.
         dropout_p: p, the probability of each weight to be dropped.
         seed: integer or 0-d int64 tensor that fixes what is dropped; drawn from the device's generator if None.
         backend: "auto", "triton" or "torch"; only "auto" may fall back to torch, and logs it once. The same seed drops
@@ -44,8 +45,8 @@ def packed_attention(
     and sums are fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: a wrong shape, dtype, device, option, probability or seed, or spans that are not the places' own;
-            names the argument.
+        ValueError: a wrong shape, dtype, device, option, probability or seed, or spans that are not those of the
+            positions; names the argument.
         RuntimeError: backend="triton" where the kernel cannot run.
     """
     check_packed(query, key, value, spans, dropout_p)
@@ -64,15 +65,15 @@ def packed_attention(
     return reference.packed_attention(query, key, value, spans, dropout_p, seed)
 
 
-def sequences(bounds: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequence of each of P places [P] int64, and where it starts and ends [P, 2] int32; no wait for the device.
+def sequences(bounds: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequence of each of P positions [P] int64, and where it starts and ends [P, 2] int32; no wait for the device.
 
     Args:
         bounds: [S + 1] int32, where sequences start, the first at 0, and P; some may be empty.
-        places: P.
+        positions: P.
     """
-    place = torch.arange(places, dtype=bounds.dtype, device=bounds.device)
-    end = torch.searchsorted(bounds, place, right=True)
+    position = torch.arange(positions, dtype=bounds.dtype, device=bounds.device)
+    end = torch.searchsorted(bounds, position, right=True)
     number = end - 1
     return number, bounds[torch.stack([number, end], 1)]
 
@@ -91,7 +92,7 @@ def check_packed(
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name}: has dtype {tensor.dtype}, query has {query.dtype}")
     if spans.shape != (len(query), 2):
-        raise ValueError(f"spans: has shape {tuple(spans.shape)}, it takes [P, 2], query has {len(query)} places")
+        raise ValueError(f"spans: has shape {tuple(spans.shape)}, it takes [P, 2], query has {len(query)} positions")
     if spans.dtype != torch.int32:
         raise ValueError(f"spans: has dtype {spans.dtype}, it takes torch.int32")
     for name, tensor in (("key", key), ("value", value), ("spans", spans)):
@@ -102,20 +103,20 @@ def check_packed(
 
 
 def check_spans(spans: torch.Tensor) -> None:
-    """Sequences stand one after another, and each place has the span of the one that it is in.
+    """Sequences stand one after another, and each position has the span of the one that it is in.
 
-    A span is that of the place before, or it starts here, where the one before ends. It waits for the device.
+    A span is that of the position before, or it starts here, where the one before ends. It waits for the device.
     """
-    places = len(spans)
-    place = torch.arange(places, dtype=spans.dtype, device=spans.device)
+    positions = len(spans)
+    position = torch.arange(positions, dtype=spans.dtype, device=spans.device)
     start, end = spans.unbind(1)
-    before = torch.cat([spans.new_zeros(1, 2), spans])[:places]
-    begins = (start == place) & (before[:, 1] == place)
-    own = (begins | ((start < place) & (spans == before).all(1))) & (place < end) & (end <= places)
-    wrong = (~own).nonzero()
+    before = torch.cat([spans.new_zeros(1, 2), spans])[:positions]
+    begins = (start == position) & (before[:, 1] == position)
+    right = (begins | ((start < position) & (spans == before).all(1))) & (position < end) & (end <= positions)
+    wrong = (~right).nonzero()
     if len(wrong):
         first = int(wrong[0])
         raise ValueError(
-            f"spans: place {first} has {spans[first].tolist()}, which is not where a sequence that it is in starts and "
-            f"ends; see sequences()"
+            f"spans: position {first} has {spans[first].tolist()}, which is not where a sequence that it is in starts "
+            f"and ends; see sequences()"
         )

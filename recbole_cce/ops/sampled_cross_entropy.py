@@ -30,7 +30,7 @@ def sampled_cross_entropy(
     loss_i = -s_iy + log( exp(s_iy) + sum_{k: n_k != y} exp(s_{i n_k} - log(K q(n_k))) ),  n_1..n_K ~ q i.i.d.
 
     The sum over negatives is an unbiased estimate of the full one for any q; a negative that is the target itself
-    contributes 0, and the target's own logit is not corrected.
+    contributes 0, and the target's logit is not corrected.
 
     Args:
         input: [N, D] hidden states.

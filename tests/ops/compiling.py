@@ -17,6 +17,7 @@ import torch
 
 from recbole_cce.ops import Popularity, Uniform
 from recbole_cce.ops.reference.sampled_cross_entropy import Draws
+from tests.ops.problems import deterministic_algorithms
 
 triton = pytest.importorskip("triton")
 
@@ -40,6 +41,9 @@ CHIPS = {
     100: launch.Chip((10, 0), 232448, 148),
     120: launch.Chip((12, 0), 101376, 170),
 }
+SPARE = 3 * 2**10  # bytes of shared memory that another Triton may take on top
+TENSOR_MEMORY = 512  # columns that chips have which keep sums there
+SPILLS = 96  # bytes of a thread that may be spilled: two dozen registers, of 255
 
 
 class Numbers(NamedTuple):
@@ -58,6 +62,12 @@ NUMBERS = {
     "fp32": Numbers(torch.float32, torch.float32, torch.float32),
     "tf32": Numbers(torch.float32, torch.float32, torch.float32, "high"),
 }
+
+
+def need_triton(*version: int) -> None:
+    """Skip the test with an older Triton."""
+    if version > VERSION:
+        pytest.skip(f"needs Triton {'.'.join(map(str, version))}")
 
 
 class Driver(NamedTuple):
@@ -110,6 +120,17 @@ def spilled(kernel: Any) -> int:
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
+def too_much(kernel: Any, capability: int) -> str | None:
+    """What of a chip a kernel takes too much of, or None."""
+    most = {
+        "bytes of shared memory": (kernel.metadata.shared, CHIPS[capability].shared_memory - SPARE),
+        "columns of tensor memory": (getattr(kernel.metadata, "tmem_size", None) or 0, TENSOR_MEMORY),
+        "bytes of a thread spilled": (spilled(kernel), SPILLS),
+    }
+    found = [f"{taken} {name}, of {limit}" for name, (taken, limit) in most.items() if taken > limit]
+    return f"{kernel.metadata.name}: {', '.join(found)}" if found else None
+
+
 def problem(dim: int, numbers: Numbers, rows: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states, a table of as many rows and targets."""
     hidden, weight = (torch.ones(rows, dim, dtype=dtype).requires_grad_() for dtype in numbers[:2])
@@ -121,18 +142,19 @@ def backward(loss: torch.Tensor, uniform: bool) -> None:
     loss.backward(torch.ones(1).expand(len(loss)) if uniform else torch.ones(len(loss)))
 
 
-def linear_cross_entropy(dim: int, numbers: Numbers) -> None:
+def linear_cross_entropy(dim: int, numbers: Numbers, thorough: bool) -> None:
     """Whole or split catalogue, with whole blocks of rows fetched by the chip or not, sorted rows or gathered ones."""
-    for splits, padding_idx, uniform in ((1, 0, True), (1, 5, False), (3, 0, True), (3, 5, False)):
+    variants = ((3, 5, False), (1, 0, True), (1, 5, False), (3, 0, True))
+    for splits, padding_idx, uniform in variants if thorough else variants[:1]:
         with mock.patch.object(full, "num_splits", lambda *_, splits=splits: splits):
             backward(full.linear_cross_entropy(*problem(dim, numbers), padding_idx, numbers.products), uniform)
 
 
-def sampled_cross_entropy(dim: int, numbers: Numbers) -> None:
+def sampled_cross_entropy(dim: int, numbers: Numbers, thorough: bool) -> None:
     """Both losses, samplers and ways to share negatives, also where sums must have an order."""
+    variants = ((False, True, False), (True, False, False), (True, True, True))
     for sharing in ("tile", "none"):
-        for binary, popularity, deterministic in ((False, True, False), (True, False, False), (True, True, True)):
-            torch.use_deterministic_algorithms(deterministic)
+        for binary, popularity, deterministic in variants if thorough else variants[:1]:
             hidden, weight, target = problem(dim, numbers)
             draws = Draws(
                 sampler=Popularity(torch.ones(len(weight) - 1)) if popularity else Uniform(),
@@ -144,36 +166,36 @@ def sampled_cross_entropy(dim: int, numbers: Numbers) -> None:
                 rounding=numbers.products,
             )
             number, positive_weight = (None, 0.5) if binary else (torch.tensor(512), None)
-            backward(sampled.sampled_cross_entropy(hidden, weight, target, draws, number, positive_weight), not binary)
-            torch.use_deterministic_algorithms(False)
+            with deterministic_algorithms(deterministic):
+                loss = sampled.sampled_cross_entropy(hidden, weight, target, draws, number, positive_weight)
+                backward(loss, not binary)
 
 
-def scalable_cross_entropy(dim: int, numbers: Numbers) -> None:
-    """Buckets of whole blocks and of others, also where sums must have an order; few rows to select from, and many."""
-    for deterministic, size in ((False, 64), (True, 30)):
-        torch.use_deterministic_algorithms(deterministic)
+def scalable_cross_entropy(dim: int, numbers: Numbers, thorough: bool) -> None:
+    """Buckets of whole blocks and of others, also where sums must have an order; many rows to select from, and few."""
+    for deterministic, size in ((False, 64), (True, 30)) if thorough else ((False, 64),):
         hidden, weight, target = problem(dim, numbers)
         slots = torch.arange(size, dtype=torch.int32).expand(6, -1).contiguous()
-        loss, _ = scalable.bucket_cross_entropy(hidden, weight, target, slots, slots, 0, numbers.products)
-        backward(loss, not deterministic)
-        torch.use_deterministic_algorithms(False)
+        with deterministic_algorithms(deterministic):
+            loss, _ = scalable.bucket_cross_entropy(hidden, weight, target, slots, slots, 0, numbers.products)
+            backward(loss, not deterministic)
     directions = torch.ones(64, dim, dtype=numbers.products)
-    _, few, target = problem(dim, numbers)
-    _, many, _ = problem(dim, numbers, 2**15)
-    for table, of in ((few, target), (many, None)):
-        top_rows(directions, table.detach(), of, 64, 0)
+    for rows in (2**15, 512) if thorough else (2**15,):
+        _, table, target = problem(dim, numbers, rows)
+        top_rows(directions, table.detach(), target if rows == 512 else None, 64, 0)
 
 
-def packed_attention(dim: int, numbers: Numbers) -> None:
+def packed_attention(dim: int, numbers: Numbers, thorough: bool) -> None:
     """With dropout and without."""
-    for dropout_p in (0.0, 0.3):
+    for dropout_p in (0.3, 0.0) if thorough else (0.3,):
         mixed = torch.ones(256, 3, 2, dim, dtype=numbers.products).requires_grad_()
         spans = torch.tensor([[0, 256]], dtype=torch.int32).expand(256, -1)
         out = packed.packed_attention(*mixed.unbind(1), spans, dropout_p, torch.tensor(0) if dropout_p else None)
         out.sum().backward()
 
 
-OPS: dict[str, Callable[[int, Numbers], None]] = {
+# each with all of its variants, or the first of them alone
+OPS: dict[str, Callable[[int, Numbers, bool], None]] = {
     "linear_cross_entropy": linear_cross_entropy,
     "sampled_cross_entropy": sampled_cross_entropy,
     "scalable_cross_entropy": scalable_cross_entropy,
@@ -182,13 +204,13 @@ OPS: dict[str, Callable[[int, Numbers], None]] = {
 
 
 @functools.cache
-def kernels_of(op: str, capability: int, dim: int, numbers: str) -> list[Any]:
+def kernels_of(op: str, capability: int, dim: int, numbers: str, thorough: bool = True) -> list[Any]:
     """Everything that both passes of an op launch on a chip, each kernel once. What was compiled is kept."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(NUMBERS[numbers].precision)
     try:
         with compiling(capability) as kernels:
-            OPS[op](dim, NUMBERS[numbers])
+            OPS[op](dim, NUMBERS[numbers], thorough)
     finally:
         torch.set_float32_matmul_precision(before)
     return list({kernel.hash: kernel for kernel in kernels}.values())

@@ -76,7 +76,7 @@ def published_scalable(hidden, weight, target, directions, size_x, size_y):
 
 
 def attention(query, key, value, lengths, keep=None, dropout_p=0.0):
-    """All weights of all places [P, P]; `keep` [H, P, P]: which ones dropout keeps."""
+    """All weights of all positions [P, P]; `keep` [H, P, P]: which ones dropout keeps."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(query.device)
     mask = (row[:, None] == row) & torch.ones_like(row[:, None] == row).tril()
     logits = torch.einsum("mhd,nhd->hmn", query, key) / math.sqrt(query.size(-1))

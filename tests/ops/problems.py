@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import torch
 
@@ -21,6 +22,16 @@ def problem(n=37, v=53, d=12, scale=1.0, dtype=torch.float32, seed=0, padding_id
     if padding_idx is not None:
         target[torch.rand(n, generator=generator) < ignored] = padding_idx
     return hidden.to(device), weight.to(device), target.to(device)
+
+
+@contextmanager
+def deterministic_algorithms(deterministic=True):
+    """Sums have an order, or need none."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Sampling:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.ops.test_sampled_kernels import needs_gpu, run_python
+from tests.ops.test_sampled_kernels import needs_gpu
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -41,15 +41,8 @@ def check_functions(device="cpu"):
     assert results[2][:2].tolist() == [0, math.inf]
 
 
-def test_functions_in_the_interpreter():
-    run_python(
-        """
-        from tests.ops.test_exponentials import check_functions
-
-        check_functions()
-        """,
-        TRITON_INTERPRET="1",
-    )
+def test_functions_in_the_interpreter(interpreter):
+    interpreter(check_functions)
 
 
 @needs_gpu

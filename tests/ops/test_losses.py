@@ -13,8 +13,7 @@ from recbole_cce.ops import backend, reference
 from recbole_cce.ops.reference import scalable_cross_entropy as scalable_reference
 from tests.memory import LargestOutput
 from tests.ops import naive
-from tests.ops.problems import SEED, Sampling, check, problem
-from tests.ops.test_sampled_kernels import run_python
+from tests.ops.problems import SEED, Sampling, check, deterministic_algorithms, problem
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -435,24 +434,30 @@ def test_wrong_positive_weight():
             call("sampled_binary", *problem(), positive_weight=weight)
 
 
-def test_kernels_ignore_and_refuse_the_same():
-    pytest.importorskip("triton")
-    run_python(
-        """
-        import torch
-        from tests.ops.test_losses import IGNORING, OPS, check_derivatives, check_ignored
+def check_kernels_ignore(*args, **kwargs):
+    """To the bit, for which sums must have an order."""
+    with deterministic_algorithms():
+        check_ignored(*args, backend="triton", **kwargs)
 
-        torch.use_deterministic_algorithms(True)
-        for i in (0, 1, 2, 5, 8):
-            op, kwargs = IGNORING[i]
-            check_ignored(op, (torch.float32, torch.float16)[i % 2], i % 3 * 2, "triton", both=True, **kwargs)
-        check_ignored("linear", backend="triton", reduction="mean", both=True)
-        torch.use_deterministic_algorithms(False)
-        for op in OPS:
-            check_derivatives(op, "triton")
-        """,
-        TRITON_INTERPRET="1",
-    )
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "padding_idx", "kwargs"),
+    [
+        ("linear", torch.float32, 0, {}),
+        ("linear", torch.float32, 0, {"reduction": "mean"}),
+        ("sampled", torch.float16, 2, {"sharing": "tile"}),
+        ("sampled", torch.float32, 4, {"sharing": "none"}),
+        ("sampled_binary", torch.float16, 4, {"sharing": "none"}),
+        ("scalable", torch.float32, 4, {}),
+    ],
+)
+def test_kernels_ignore_the_same_in_the_interpreter(interpreter, op, dtype, padding_idx, kwargs):
+    interpreter(check_kernels_ignore, op, dtype, padding_idx, both=True, **kwargs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_refuse_the_same_in_the_interpreter(interpreter, op):
+    interpreter(check_derivatives, op, "triton")
 
 
 @pytest.mark.cuda
@@ -460,12 +465,7 @@ def test_kernels_ignore_and_refuse_the_same():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("padding_idx", [0, 5])
 def test_kernels_ignore_the_same(padding_idx, dtype, op, kwargs):
-    """To the bit, for which sums must have an order."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        check_ignored(op, dtype, padding_idx, "triton", "cuda", **kwargs)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    check_kernels_ignore(op, dtype, padding_idx, device="cuda", **kwargs)
 
 
 def test_kernels_are_launched_on_the_device_of_their_inputs(monkeypatch):

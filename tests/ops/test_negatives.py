@@ -10,7 +10,6 @@ import torch
 from scipy.stats import chisquare
 
 from recbole_cce.ops import Popularity, Uniform, negatives
-from tests.ops.test_sampled_kernels import run_python
 
 ONES = 0xFFFFFFFF
 KNOWN = [  # Random123, kat_vectors, philox4x32 10 rounds: counter, key, result
@@ -28,10 +27,6 @@ KNOWN = [  # Random123, kat_vectors, philox4x32 10 rounds: counter, key, result
 def test_philox_known_answers(counter, key, expected):
     words = negatives.philox4x32(tuple(torch.tensor(word) for word in counter), key)
     assert tuple(word.item() for word in words) == expected
-
-
-SEEDS = [0, 7, 2**31 + 5, 2**40 + 7, 2**62 - 1]
-OFFSETS = [0, 1, 2, 2**31, 2**32 - 1, 2**32, 2**32 + 3, 2**45 + 11]
 
 
 def boundaries(size):
@@ -70,64 +65,6 @@ def test_a_popularity_draw_takes_its_coin_from_a_word_of_its_own():
     coin = torch.from_numpy(threshold)[column]
     assert torch.equal(sampler.draw(*words, coin - 1, 1000), column)
     assert torch.equal(sampler.draw(*words, coin, 1000), alias[column].long())
-
-
-def test_stream_and_draws_are_those_of_triton():
-    """tl.randint and tl.randint4x in Triton's interpreter, with 64-bit offsets; what the kernels make of them."""
-    pytest.importorskip("triton", "3.4")  # before, tl.randint draws another stream; the kernels spell this one out
-    numbers, items = boundaries(10**8)
-    counts = (np.arange(700) % 50 + 1).tolist()
-    program = f"""
-        import torch, triton, triton.language as tl
-        from recbole_cce.ops import Popularity
-        from recbole_cce.ops.triton.negatives import choose, draw_rows
-
-        @triton.jit
-        def stream(seed_ptr, offset_ptr, out_ptr, N: tl.constexpr):
-            i = tl.arange(0, N)
-            seed = tl.load(seed_ptr)
-            offset = tl.load(offset_ptr + i)
-            words = tl.randint4x(seed, offset)
-            for word in tl.static_range(4):
-                tl.store(out_ptr + word * N + i, words[word].to(tl.uint32, bitcast=True).to(tl.int64))
-            tl.store(out_ptr + 4 * N + i, tl.randint(seed, offset).to(tl.uint32, bitcast=True).to(tl.int64))
-
-        @triton.jit
-        def draw(seed_ptr, offset_ptr, table_ptr, out_ptr, num_items, N: tl.constexpr, POPULARITY: tl.constexpr):
-            i = tl.arange(0, N)
-            rows = draw_rows(tl.load(seed_ptr), tl.load(offset_ptr + i), table_ptr, num_items, 3, POPULARITY)
-            tl.store(out_ptr + i, rows)
-
-        @triton.jit
-        def chosen(word_ptr, out_ptr, size, n, N: tl.constexpr):
-            i = tl.arange(0, N)
-            words = [tl.load(word_ptr + k * n + i, mask=i < n, other=0).to(tl.uint32) for k in tl.static_range(2)]
-            tl.store(out_ptr + i, choose(words[0], words[1], size), mask=i < n)
-
-        offsets = torch.tensor({OFFSETS})
-        out = torch.zeros(5, len(offsets), dtype=torch.int64)
-        rows = torch.zeros(2, len(offsets), dtype=torch.int64)
-        table = Popularity(torch.tensor({counts})).table
-        for seed in {SEEDS}:
-            seed = torch.tensor([seed])
-            stream[(1,)](seed, offsets, out, len(offsets))
-            draw[(1,)](seed, offsets, None, rows[0], 10**8, len(offsets), False)
-            draw[(1,)](seed, offsets, table, rows[1], {len(counts)}, len(offsets), True)
-            print([out.tolist(), rows.tolist()])
-        numbers = {numbers}
-        words = torch.tensor([[number >> 32 for number in numbers], [number & 0xFFFFFFFF for number in numbers]])
-        items = torch.zeros(len(numbers), dtype=torch.int64)
-        chosen[(1,)](words, items, 10**8, len(numbers), 512)
-        assert items.tolist() == {items}
-    """
-    lines = run_python(program, TRITON_INTERPRET="1").splitlines()
-    for seed, line in zip(SEEDS, lines, strict=True):
-        words = negatives.philox(seed, torch.tensor(OFFSETS))
-        drawn = [
-            negatives.to_rows(sampler.draw(*negatives.random_words(seed, torch.tensor(OFFSETS)), size), 3)
-            for sampler, size in ((Uniform(), 10**8), (Popularity(torch.tensor(counts)), len(counts)))
-        ]
-        assert eval(line) == [[word.tolist() for word in (*words, words[0])], [rows.tolist() for rows in drawn]]
 
 
 def test_seed_may_be_a_tensor():

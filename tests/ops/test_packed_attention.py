@@ -5,7 +5,9 @@ On a GPU all combinations run. Without one, a few run in Triton's interpreter, a
 
 from __future__ import annotations
 
+import contextlib
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +15,8 @@ import torch
 from recbole_cce.ops import packed_attention, sequences
 from recbole_cce.ops.reference import packed_attention as reference
 from tests.ops import naive
-from tests.ops.compiling import compiled
 from tests.ops.problems import SEED
-from tests.ops.test_sampled_kernels import DTYPES, assert_close, needs_gpu, run_python
+from tests.ops.test_sampled_kernels import DTYPES, assert_close, needs_gpu
 
 LENGTHS = {
     "short": [1, 1, 3, 1, 0, 7, 2, 1, 1, 0, 5],
@@ -48,7 +49,16 @@ def gradients(mixed, spans, grad, dropout_p=0.0, **kwargs):
     return out.detach(), *leaf.grad.unbind(1)
 
 
-def check_kernels(lengths, heads=2, d=16, dtype=torch.float32, dropout_p=0.0, backend="triton", **kwargs):
+def in_blocks(blocks):
+    """Programs are of this shape; None: of that they would have."""
+    if blocks is None:
+        return contextlib.nullcontext()
+    from recbole_cce.ops.triton import packed_attention as kernels
+
+    return mock.patch.object(kernels, "packed_blocks", lambda *_: kernels.Blocks(*blocks))
+
+
+def check_kernels(lengths, heads=2, d=16, dtype=torch.float32, dropout_p=0.0, backend="triton", blocks=None, **kwargs):
     """|fp64 truth - ours| <= |fp64 truth - the formula in the same dtype| + small, for output and gradients.
 
     Small is an eighth of what 16 bits resolve.
@@ -57,8 +67,8 @@ def check_kernels(lengths, heads=2, d=16, dtype=torch.float32, dropout_p=0.0, ba
     mixed, spans, grad = problem(lengths, heads, d, dtype, **kwargs)
     keep = None
     if dropout_p > 0:
-        place = torch.arange(len(mixed), device=mixed.device)
-        keep = reference.kept(SEED, place, place, heads, dropout_p)
+        position = torch.arange(len(mixed), device=mixed.device)
+        keep = reference.kept(SEED, position, position, heads, dropout_p)
 
     def formula(of):
         leaf = mixed.to(of, copy=True).requires_grad_()
@@ -66,7 +76,8 @@ def check_kernels(lengths, heads=2, d=16, dtype=torch.float32, dropout_p=0.0, ba
         out.backward(grad.to(of))
         return out.detach().double(), *leaf.grad.double().unbind(1)
 
-    ours = gradients(mixed, spans, grad, dropout_p, backend=backend)
+    with in_blocks(blocks):
+        ours = gradients(mixed, spans, grad, dropout_p, backend=backend)
     assert all(tensor.dtype == dtype for tensor in ours) and ours[0].is_contiguous()
     names = ("out", "d query", "d key", "d value")
     for name, a, b, c in zip(names, formula(torch.float64), formula(dtype), ours, strict=True):
@@ -82,41 +93,45 @@ def check_weights(dropout_p=0.4, backend="triton", device="cpu", dtype=torch.flo
     one_hot = torch.eye(d, dtype=dtype, device=device)[: len(mixed), None].expand(-1, heads, -1)
     mixed[:, 2] = one_hot
     out, *_, grad_value = gradients(mixed, spans, one_hot, dropout_p, backend=backend)
-    place = torch.arange(len(mixed), device=device)
-    mask = (place >= spans[:, :1]) & (place <= place[:, None])
-    keep = reference.kept(SEED, place, place, heads, dropout_p).transpose(0, 1)
+    position = torch.arange(len(mixed), device=device)
+    mask = (position >= spans[:, :1]) & (position <= position[:, None])
+    keep = reference.kept(SEED, position, position, heads, dropout_p).transpose(0, 1)
     assert torch.equal(out[:, :, : len(mixed)] > 0, keep & mask[:, None])
     assert torch.equal(grad_value[:, :, : len(mixed)].permute(2, 1, 0) > 0, keep & mask[:, None])
     assert_close([grad_value[:, :, : len(mixed)].permute(2, 1, 0)], [out[:, :, : len(mixed)]], tolerance=1e-2)
 
 
-def check_uses(device="cpu"):
-    """Layouts in memory, seeds, gradients that are asked for, and other ways to call it."""
+def check_uses(dropout_p, device="cpu"):
+    """Layouts in memory, seeds, gradients that are asked for, a second backward pass."""
     mixed, spans, grad = problem([9, 1, 20, 4], d=8, device=device)
-    for dropout_p in (0.0, 0.5):
-        expected = gradients(mixed, spans, grad, dropout_p)
-        again = gradients(mixed, spans, grad, dropout_p, seed=torch.tensor(SEED, device=device))
-        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
-        other = gradients(mixed, spans, grad, dropout_p, seed=SEED + 1)
-        assert torch.equal(expected[0], other[0]) == (dropout_p == 0)
-        # contiguous, heads outside, columns apart; a gradient and spans that are not contiguous
-        query, key, value = (part.contiguous() for part in mixed.unbind(1))
-        key = key.transpose(0, 1).contiguous().transpose(0, 1)
-        value = value.repeat_interleave(2, -1)[..., ::2]
-        leaves = [part.detach().requires_grad_() for part in (query, key, value)]
-        options = {"seed": SEED, "backend": "triton"}
-        out = packed_attention(*leaves, spans.T.contiguous().T, dropout_p, **options)
-        out.backward(grad.repeat_interleave(2, -1)[..., ::2], retain_graph=True)
-        for a, b in zip((out.detach(), *(leaf.grad for leaf in leaves)), expected, strict=True):
-            assert torch.equal(a, b)
-        out.backward(grad)  # a second time
-        for leaf, b in zip(leaves, expected[1:], strict=True):
-            assert torch.equal(leaf.grad, 2 * b)
-        for i, leaf in enumerate(leaves):  # only one gradient
-            parts = [part if part is leaf else part.detach() for part in leaves]
-            of_sum = packed_attention(*parts, spans, dropout_p, **options).sum()  # its gradient is expanded
-            of_ones = gradients(mixed, spans, torch.ones_like(grad), dropout_p)
-            assert torch.equal(torch.autograd.grad(of_sum, leaf)[0], of_ones[1 + i])
+    expected = gradients(mixed, spans, grad, dropout_p)
+    again = gradients(mixed, spans, grad, dropout_p, seed=torch.tensor(SEED, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    other = gradients(mixed, spans, grad, dropout_p, seed=SEED + 1)
+    assert torch.equal(expected[0], other[0]) == (dropout_p == 0)
+    # contiguous, heads outside, columns apart; a gradient and spans that are not contiguous
+    query, key, value = (part.contiguous() for part in mixed.unbind(1))
+    key = key.transpose(0, 1).contiguous().transpose(0, 1)
+    value = value.repeat_interleave(2, -1)[..., ::2]
+    leaves = [part.detach().requires_grad_() for part in (query, key, value)]
+    options = {"seed": SEED, "backend": "triton"}
+    out = packed_attention(*leaves, spans.T.contiguous().T, dropout_p, **options)
+    out.backward(grad.repeat_interleave(2, -1)[..., ::2], retain_graph=True)
+    for a, b in zip((out.detach(), *(leaf.grad for leaf in leaves)), expected, strict=True):
+        assert torch.equal(a, b)
+    out.backward(grad)  # a second time
+    for leaf, b in zip(leaves, expected[1:], strict=True):
+        assert torch.equal(leaf.grad, 2 * b)
+    of_ones = gradients(mixed, spans, torch.ones_like(grad), dropout_p)
+    for i, leaf in enumerate(leaves):  # only one gradient
+        parts = [part if part is leaf else part.detach() for part in leaves]
+        of_sum = packed_attention(*parts, spans, dropout_p, **options).sum()  # its gradient is expanded
+        assert torch.equal(torch.autograd.grad(of_sum, leaf)[0], of_ones[1 + i])
+
+
+def check_seeds(device="cpu"):
+    """Without one it is drawn; all weights may be dropped; there may be no position; one derivative is all there is."""
+    mixed, spans, grad = problem([9, 1, 20, 4], d=8, device=device)
     torch.manual_seed(3)
     one, two = (gradients(mixed, spans, grad, 0.5, seed=None)[0] for _ in range(2))
     torch.manual_seed(3)
@@ -124,10 +139,13 @@ def check_uses(device="cpu"):
     assert all((part == 0).all() for part in gradients(mixed, spans, grad, 1.0))
     empty = gradients(mixed[:0], spans[:0], grad[:0], 0.5)
     assert [part.shape for part in empty] == [(0, 2, 8)] * 4
+    total = packed_attention(*mixed.requires_grad_().unbind(1), spans, backend="triton").sum()
+    with pytest.raises(RuntimeError, match="create_graph: True is not valid"):
+        torch.autograd.grad(total, mixed, create_graph=True)
 
 
 def check_compiled(device="cpu", backend="inductor"):
-    """One graph, without a break, for all numbers of places and sequences."""
+    """One graph, without a break, for all numbers of positions and sequences."""
 
     def step(mixed, spans, seed):
         query, key, value = torch.tanh(mixed).unbind(1)
@@ -195,13 +213,13 @@ def test_sequences(lengths):
 def test_dropout_keeps_its_share_independently(dropout_p):
     """Weights of neighbouring keys and queries, of other heads and with another seed."""
     heads, n = 3, 400
-    places = torch.arange(10**9, 10**9 + n)
-    keep = reference.kept(SEED, places, places, heads, dropout_p).double() - (1 - dropout_p)
+    positions = torch.arange(10**9, 10**9 + n)
+    keep = reference.kept(SEED, positions, positions, heads, dropout_p).double() - (1 - dropout_p)
     variance = dropout_p * (1 - dropout_p)
     assert abs(keep.mean()) < 4 * (variance / keep.numel()) ** 0.5
     for word in range(4):
         assert abs(keep[..., word::4].mean()) < 4 * (4 * variance / keep.numel()) ** 0.5
-    other = reference.kept(SEED + 1, places, places, heads, dropout_p).double() - (1 - dropout_p)
+    other = reference.kept(SEED + 1, positions, positions, heads, dropout_p).double() - (1 - dropout_p)
     pairs = [(keep, other), (keep[0], keep[1]), (keep[1], keep[2]), (keep, keep.transpose(1, 2))]
     for step in (1, 2, 3, 4):
         pairs += [(keep[:, step:], keep[:, :-step]), (keep[..., step:], keep[..., :-step])]
@@ -244,20 +262,20 @@ def test_errors(name, wrong):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "place"),
+    ("wrong", "position"),
     [
         ([[0, 2], [0, 2], [2, 5], [2, 5], [1, 5]], 4),  # begins in another one
         ([[0, 2], [0, 2], [2, 5], [2, 4], [2, 5]], 3),  # ends elsewhere than the one before
         ([[0, 3], [0, 3], [2, 5], [2, 5], [2, 5]], 2),  # begins before that ends
-        ([[0, 2], [0, 2], [2, 9], [2, 9], [2, 9]], 2),  # beyond the last place
+        ([[0, 2], [0, 2], [2, 9], [2, 9], [2, 9]], 2),  # beyond the last position
         ([[0, 2], [0, 2], [2, 3], [4, 5], [4, 5]], 3),  # after itself
         ([[-1, 2], [-1, 2], [2, 5], [2, 5], [2, 5]], 0),
         ([[0, 0], [0, 0], [0, 0], [0, 0], [0, 0]], 0),
     ],
 )
-def test_spans_of_other_sequences(wrong, place):
+def test_spans_of_other_sequences(wrong, position):
     parts = [torch.zeros(5, 2, 8)] * 3
-    with pytest.raises(ValueError, match=f"spans: place {place} has {re.escape(str(wrong[place]))}"):
+    with pytest.raises(ValueError, match=f"spans: position {position} has {re.escape(str(wrong[position]))}"):
         packed_attention(*parts, torch.tensor(wrong, dtype=torch.int32))
 
 
@@ -266,75 +284,57 @@ def test_triton_where_it_cannot_run():
         gradients(*problem([3, 4], dtype=torch.float64))
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    run_python(
-        """
-        import pytest
-        import torch
-        from recbole_cce.ops.triton import packed_attention as kernels
-        from recbole_cce.ops import packed_attention
-        from tests.ops.test_packed_attention import (
-            LENGTHS, check_compiled, check_kernels, check_uses, check_weights, problem,
-        )
-
-        for lengths in LENGTHS.values():
-            check_kernels(lengths)
-            check_kernels(lengths, dtype=torch.float16, dropout_p=0.3)
-        borders = LENGTHS["borders"]
-        for dtype in (torch.float32, torch.float16):
-            for d in (8, 24, 80):
-                check_kernels(borders, heads=1, d=d, dtype=dtype)
-            check_kernels(borders, dropout_p=0.6, dtype=dtype)
-            check_kernels(borders, scale=5.0, dtype=dtype)  # peaked
-            check_kernels(borders, scale=0.01, dtype=dtype)  # flat
-        for blocks in ((16, 64, 4), (64, 16, 4), (128, 128, 4)):
-            kernels.packed_blocks = lambda *_: kernels.Blocks(*blocks)
-            check_kernels(borders, heads=1, dropout_p=0.2)
-        check_weights()
-        check_uses()
-        mixed, spans, grad = problem(borders)
-        total = packed_attention(*mixed.requires_grad_().unbind(1), spans, backend="triton").sum()
-        with pytest.raises(RuntimeError, match="create_graph: True is not valid"):
-            torch.autograd.grad(total, mixed, create_graph=True)
-        check_compiled(backend="aot_eager")
-        with pytest.raises(RuntimeError, match="interpreter multiplies no bf16"):
-            check_kernels([3], dtype=torch.bfloat16)
-        for d in (7, 257):
-            with pytest.raises(RuntimeError, match="8 to 256"):
-                check_kernels([3], d=d)
-        """,
-        TRITON_INTERPRET="1",
-    )
+CASES = {
+    **{f"{name}, fp32": {"lengths": name} for name in LENGTHS},
+    **{f"{name}, fp16, dropout": {"lengths": name, "dtype": torch.float16, "dropout_p": 0.3} for name in LENGTHS},
+    **{
+        f"{kind}, {dtype}": {"lengths": "borders", "dtype": dtype, **options}
+        for dtype in (torch.float32, torch.float16)
+        for kind, options in {
+            "d 8": {"d": 8, "heads": 1},
+            "d 24": {"d": 24, "heads": 1},
+            "d 80": {"d": 80, "heads": 1},
+            "dropout": {"dropout_p": 0.6},
+            "peaked": {"scale": 5.0},
+            "flat": {"scale": 0.01},
+        }.items()
+    },
+    **{
+        f"blocks of {blocks}": {"lengths": "borders", "heads": 1, "dropout_p": 0.2, "blocks": blocks}
+        for blocks in ((16, 64, 4), (64, 16, 4), (128, 128, 4))
+    },
+}
 
 
-@pytest.mark.parametrize("capability", [80, 90], ids=lambda c: f"sm_{c}")
-@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("name", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_kernels_compile_and_fit_any_chip(dtype, name, dropout, capability):
-    language = pytest.importorskip("triton").language
-    from recbole_cce.ops.triton import packed_kernels
-    from recbole_cce.ops.triton.launch import padded
-    from recbole_cce.ops.triton.packed_attention import NUM_STAGES, packed_blocks
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_in_the_interpreter(interpreter, case):
+    interpreter(check_kernels, **{**CASES[case], "lengths": LENGTHS[CASES[case]["lengths"]]})
 
-    kernel = getattr(packed_kernels, f"packed_{name}_kernel")
-    types = {"bf16": language.bfloat16, "fp16": language.float16, "fp32": language.float32}
-    pointers = {arg: f"*{dtype}" for arg in kernel.arg_names if arg.endswith("_ptr")} | {
-        "span_ptr": "*i32", "seed_ptr": "*i64", "lse_ptr": "*fp32", "scale": "fp32", "keep_scale": "fp32",
-    }  # fmt: skip
-    for dim in (8, 24, 64, 128, 256) if dtype != "fp16" else (32,):
-        blocks = packed_blocks(dim, types[dtype].primitive_bitwidth // 8)
-        constants = {
-            "D": dim, "BD": padded(dim), "BM": blocks.stay, "BN": blocks.stream, "STAY": blocks.stay,
-            "STREAM": blocks.stream, "DTYPE": types[dtype], "PRECISION": "ieee",
-        }  # fmt: skip
-        if not dropout:
-            constants["seed_ptr"] = None
-        aligned = [arg for arg in kernel.arg_names if arg.endswith("_ptr") or arg.startswith("stride_")]
-        options = {"num_warps": blocks.num_warps, "num_stages": NUM_STAGES}
-        shared = compiled(kernel, capability, constants, pointers, options, aligned).metadata.shared
-        assert shared <= 101376  # sm_86 and sm_89 have the least
+
+def test_weights_in_the_interpreter(interpreter):
+    interpreter(check_weights)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_uses_in_the_interpreter(interpreter, dropout_p):
+    interpreter(check_uses, dropout_p)
+
+
+def test_seeds_in_the_interpreter(interpreter):
+    interpreter(check_seeds)
+
+
+def test_compiled_in_the_interpreter(interpreter):
+    interpreter(check_compiled, backend="aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"dtype": torch.bfloat16}, "interpreter multiplies no bf16"), ({"d": 7}, "8 to 256"), ({"d": 257}, "8 to 256")],
+)
+def test_what_the_interpreter_cannot(interpreter, wrong, message):
+    with pytest.raises(RuntimeError, match=message):
+        interpreter(check_kernels, [3], **wrong)
 
 
 # On a GPU
@@ -375,8 +375,14 @@ def test_weights(dtype):
 
 
 @needs_gpu
-def test_uses():
-    check_uses("cuda")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_uses(dropout_p):
+    check_uses(dropout_p, "cuda")
+
+
+@needs_gpu
+def test_seeds():
+    check_seeds("cuda")
 
 
 @needs_gpu
@@ -420,8 +426,8 @@ def test_captured_in_a_graph():
         graph.replay()
         weights = out.detach()[:, :, : len(mixed)].clone()
         assert_close([mixed.grad[:, 2, :, : len(mixed)].permute(2, 1, 0)], [weights])
-        place = torch.arange(len(mixed), device="cuda")
-        mask = (place >= spans[:, :1]) & (place <= place[:, None])
+        position = torch.arange(len(mixed), device="cuda")
+        mask = (position >= spans[:, :1]) & (position <= position[:, None])
         assert (weights[~mask[:, None].expand_as(weights)] == 0).all()
         assert 0.4 < (weights > 0).sum() / (heads * mask.sum()) < 0.8
         seen.append(weights > 0)
@@ -440,16 +446,16 @@ def test_nothing_waits_for_the_gpu():
 
 
 @needs_gpu
-def test_places_beyond_32_bits():
-    """P * 3 * H * d > 2^31: the last places see what the formula says."""
-    places, d = 2**31 // (3 * 256) + 1000, 256
-    mixed = torch.zeros(places, 3, 1, d, device="cuda", dtype=torch.bfloat16)
+def test_positions_beyond_32_bits():
+    """P * 3 * H * d > 2^31: the last positions see what the formula says."""
+    positions, d = 2**31 // (3 * 256) + 1000, 256
+    mixed = torch.zeros(positions, 3, 1, d, device="cuda", dtype=torch.bfloat16)
     last, spans, grad = problem([1] * 7 + [13] * 21, 1, d, torch.bfloat16, device="cuda")
     mixed[-len(last) :] = last
-    place = torch.arange(places, dtype=torch.int32, device="cuda")
-    far = torch.stack([place, place + 1], 1)
-    far[-len(last) :] = spans + (places - len(last))
-    upstream = torch.zeros(places, 1, d, device="cuda", dtype=torch.bfloat16)
+    position = torch.arange(positions, dtype=torch.int32, device="cuda")
+    far = torch.stack([position, position + 1], 1)
+    far[-len(last) :] = spans + (positions - len(last))
+    upstream = torch.zeros(positions, 1, d, device="cuda", dtype=torch.bfloat16)
     upstream[-len(last) :] = grad
     for ours, expected in zip(gradients(mixed, far, upstream), gradients(last, spans, grad), strict=True):
         assert_close([ours[-len(last) :]], [expected], tolerance=1e-2)

@@ -6,10 +6,6 @@ On a GPU all combinations run. Without one, a few run in Triton's interpreter, a
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -17,8 +13,7 @@ import torch
 from recbole_cce import ops
 from recbole_cce.ops import negatives
 from tests.ops import naive
-from tests.ops.compiling import CHIPS, POINTERS, compiled, need_triton, spilled
-from tests.ops.problems import SEED, Sampling, assert_within, norms, problem
+from tests.ops.problems import SEED, Sampling, assert_within, deterministic_algorithms, norms, problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHARINGS = ["tile", "none", "batch"]
@@ -69,13 +64,17 @@ def kernel_norms(
     )
 
 
-def check_reductions(loss, sharing, n, device="cpu"):
-    """Each reduction against torch, with upstream gradients that are what a mean expects, and that are not."""
-    args = problem(n=n, device=device)
-    for reduction in ("mean", "sum", "none"):
-        for factor in (1.0, 3.0, torch.rand(n, device=device) if reduction == "none" else 0.0):
-            options = {"loss": loss, "sharing": sharing, "reduction": reduction, "factor": factor}
-            assert_close(gradients(*args, **options), gradients(*args, **options, backend="torch"))
+def check_deterministic(**kwargs):
+    """check_kernels() where sums must have an order."""
+    with deterministic_algorithms():
+        check_kernels(**kwargs)
+
+
+def check_reduction(reduction, factor, n, v=53, device="cpu", **kwargs):
+    """Against torch, with an upstream gradient `factor`; None: another one for each row."""
+    args = problem(n=n, v=v, device=device)
+    options = {"reduction": reduction, "factor": torch.rand(n, device=device) if factor is None else factor, **kwargs}
+    assert_close(gradients(*args, **options), gradients(*args, **options, backend="torch"))
 
 
 def check_compiled(loss, sharing, n, device="cpu", backend="inductor"):
@@ -97,163 +96,84 @@ def check_compiled(loss, sharing, n, device="cpu", backend="inductor"):
 # Without a GPU
 
 
-TYPES = POINTERS | {"log_k": "fp32", "positive_weight": "fp32"}
-
-# fp32 products of the interpreter, which are NumPy's: by some CPUs one row's depend on where in a block it stands, so
-# that a backward pass would not meet the logits of the forward pass; on a GPU it does
-PRODUCTS = """
-import numpy
-matmul = numpy.matmul
-numpy.matmul = lambda a, b, dtype: matmul(a, b, dtype=numpy.float64).astype(dtype)
-"""
-
-
-def run_python(program: str, **environment: str) -> str:
-    """Run a program in a process of its own: Triton chooses its interpreter when it is imported."""
-    path = os.path.join(os.getcwd(), "program.py")
-    with open(path, "w") as file:
-        file.write(PRODUCTS + textwrap.dedent(program))
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    result = subprocess.run(
-        [sys.executable, path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path]), **environment},
-        capture_output=True,
-        text=True,
-    )
-    if "only 0-dimensional arrays can be converted" in result.stderr:
-        pytest.skip("the interpreter of this Triton does not run with this NumPy")
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+SIZES = {"tile": 150, "batch": 150, "none": 20}  # positions: of two tiles, of more than one block
+CASES = {
+    "fp32": {},
+    "popularity": {"popularity": True, "padding_idx": 5, "d": 20},
+    "fp16": {"dtype": torch.float16, "v": 3, "k": 33, "padding_idx": None},
+    "far from zero": {"scale": 6},
+}
+REDUCTIONS = [  # those of a mean's upstream gradient, of others, and of none
+    ("mean", 1.0), ("mean", 3.0), ("mean", 0.0), ("sum", 1.0), ("sum", 3.0), ("none", 1.0), ("none", None),
+]  # fmt: skip
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    run_python(
-        """
-        import torch
-        from tests.ops.test_sampled_kernels import check_compiled, check_kernels, check_reductions
-
-        for sharing in ("tile", "none", "batch"):
-            n = 20 if sharing == "none" else 150
-            for loss in ("softmax", "binary"):
-                check_kernels(n=n, sharing=sharing, loss=loss)
-                check_kernels(n=n, sharing=sharing, loss=loss, popularity=True, padding_idx=5, d=20)
-                check_kernels(n=n, sharing=sharing, loss=loss, dtype=torch.float16, v=3, k=33, padding_idx=None)
-                check_kernels(n=n, sharing=sharing, loss=loss, scale=6)
-                torch.use_deterministic_algorithms(True)
-                check_kernels(n=n, sharing=sharing, loss=loss, popularity=True)
-                torch.use_deterministic_algorithms(False)
-                check_reductions(loss, sharing, n)
-                check_compiled(loss, sharing, n, backend="aot_eager")
-            check_kernels(
-                n=n, sharing=sharing, loss="plain softmax", dtype=torch.float16, v=3, k=33, padding_idx=None
-            )
-
-        # its products of bf16 are wrong numbers: refused, also where autocast rounds to it
-        import pytest
-        with pytest.raises(RuntimeError, match="interpreter multiplies no bf16"):
-            check_kernels(n=20, dtype=torch.bfloat16)
-        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="no bf16"):
-            check_kernels(n=20)
-        """,
-        TRITON_INTERPRET="1",
-    )
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_in_the_interpreter(interpreter, case, loss, sharing):
+    interpreter(check_kernels, n=SIZES[sharing], sharing=sharing, loss=loss, **CASES[case])
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
-@pytest.mark.parametrize("binary", [False, True], ids=["softmax", "binary"])
-@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient", "own_forward", "pair", "row_weight_gradient"])
-def test_kernels_compile(name, binary, capability):
-    language = pytest.importorskip("triton").language
-    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
-
-    constants = {
-        "D": 48, "BD": 64, "BM": 64, "BK": 32, "BP": 16, "BLOCK": 256, "DTYPE": language.bfloat16, "PRECISION": "ieee",
-        "POPULARITY": True, "CORRECT": True, "DIRECTION": True, "ATOMIC": True, "MODE": "place", "HALVES": True,
-        "BINARY": binary, "ADD": True, "UNIFORM": True,
-    }  # fmt: skip
-    kernel = getattr(kernels, f"{name}_kernel")
-    assert compiled(kernel, capability, constants, TYPES).asm["cubin"]
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_plain_softmax_in_the_interpreter(interpreter, sharing):
+    interpreter(check_kernels, n=SIZES[sharing], sharing=sharing, loss="plain softmax", **CASES["fp16"])
 
 
-def compile_tile_kernel(name, capability, dim, dtype, precision="ieee", binary=False, hidden="*fp32"):
-    """As it is launched, under autocast with hidden states that a layer norm left in fp32."""
-    need_triton(3, 3)
-    from recbole_cce.ops.triton import sampled_cross_entropy as kernels
-    from recbole_cce.ops.triton.launch import DTYPES, padded
-
-    blocks = kernels.tile_blocks(128, dim, dtype.itemsize, CHIPS[capability], gradient=name != "tile_forward")
-    constants = {
-        "D": dim, "BD": padded(dim), "BM": blocks.positions, "BK": blocks.negatives, "HALVES": blocks.halves,
-        "DTYPE": DTYPES[dtype], "PRECISION": precision, "POPULARITY": False, "CORRECT": not binary,
-        "BINARY": binary, "DIRECTION": True, "ATOMIC": True, "stride_hd": 1, "stride_wd": 1, "stride_y": 1,
-        "stride_grad": 1, "table_ptr": None, "log_q_ptr": None, "row_ptr": None, "unit_ptr": None,
-    }  # fmt: skip
-    launched = compiled(
-        getattr(kernels, f"{name}_kernel"),
-        capability,
-        constants,
-        TYPES | {"h_ptr": hidden, "direction_ptr": hidden},
-        {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
-        aligned=[*POINTERS, "stride_hn", "stride_wn"],
-    )
-    return launched, kernels.tile_bytes(blocks, padded(dim), dtype.itemsize)
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_deterministic_kernels_in_the_interpreter(interpreter, loss, sharing):
+    interpreter(check_deterministic, n=SIZES[sharing], sharing=sharing, loss=loss, popularity=True)
 
 
-@pytest.mark.parametrize("hidden", ["*bf16", "*fp32"], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("dim", [256, 512])
-@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient"])
-def test_kernels_fit_in_the_memory_of_hopper(name, dim, hidden):
-    for binary in (False, True):
-        launched, _ = compile_tile_kernel(name, 90, dim, torch.bfloat16, binary=binary, hidden=hidden)
-        assert launched.metadata.shared <= CHIPS[90]
+@pytest.mark.parametrize("sharing", ["tile", "none"])
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+@pytest.mark.parametrize(("reduction", "factor"), REDUCTIONS)
+def test_reductions_in_the_interpreter(interpreter, reduction, factor, loss, sharing):
+    """With "batch" the same kernels are launched as with "tile"."""
+    interpreter(check_reduction, reduction, factor, n=9, v=7, loss=loss, sharing=sharing, num_negatives=5)
 
 
-SPILLS = 96  # bytes of a thread: two dozen registers, of 255
+@pytest.mark.parametrize(("loss", "sharing"), [("softmax", "tile"), ("binary", "none")])
+def test_compiled_in_the_interpreter(interpreter, loss, sharing):
+    """Compiled, it is one operator, which is told the loss and the sharing."""
+    interpreter(check_compiled, loss, sharing, SIZES[sharing], backend="aot_eager")
 
 
-@pytest.mark.parametrize("capability", [80, 86, 120], ids=lambda c: f"sm_{c}")
-@pytest.mark.parametrize("dim", [128, 256, 512])
-@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient"])
-def test_kernels_of_16_bits_fit_and_do_not_spill(name, dim, capability):
-    """Chips that multiply out of registers; the formula by which blocks are chosen holds."""
-    launched, memory = compile_tile_kernel(name, capability, dim, torch.bfloat16)
-    assert launched.metadata.shared <= memory <= CHIPS[capability]
-    assert spilled(launched) <= SPILLS
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_the_interpreter_multiplies_no_bf16(interpreter, autocast):
+    """Its products would be wrong numbers."""
+    with pytest.raises(RuntimeError, match="interpreter multiplies no bf16"):
+        interpreter(check_bf16, autocast)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("dim", [64, 128, 256, 512])
-@pytest.mark.parametrize("name", ["tile_forward", "tile_weight_gradient"])
-def test_kernels_of_fp32_fit_and_do_not_spill(name, dim, precision):
-    """Their blocks are the same on all chips: sm_86 has the least memory."""
-    launched, memory = compile_tile_kernel(name, 86, dim, torch.float32, precision)
-    assert launched.metadata.shared <= memory <= CHIPS[86]
-    assert spilled(launched) <= SPILLS
+def check_bf16(autocast):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        check_kernels(n=20, dtype=torch.float32 if autocast else torch.bfloat16)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("shared_memory", sorted(set(CHIPS.values())))
-def test_blocks_fit_the_chip(itemsize, shared_memory):
+@pytest.mark.parametrize("shared_memory", [101376, 166912, 232448])
+@pytest.mark.parametrize("dim", [8, 50, 64, 100, 128, 256, 300, 512])
+def test_blocks_fit_in_memory_and_registers(dim, shared_memory, itemsize):
     pytest.importorskip("triton")
     from recbole_cce.ops.triton import sampled_cross_entropy as kernels
     from recbole_cce.ops.triton.launch import padded
 
-    for dim in (8, 50, 64, 100, 128, 256, 300, 512):
-        width = padded(dim)
-        for depth in (1, 20, 128, 100_000):
-            for gradient in (False, True):
-                blocks = kernels.tile_blocks(depth, dim, itemsize, shared_memory, gradient)
-                assert min(16, blocks.positions, blocks.negatives) == 16
-                assert blocks.positions < 2 * max(16, depth)
-                assert blocks.halves <= (width > 64)
-                sums = (blocks.negatives if gradient else blocks.positions) * width
-                sums /= 1 + (gradient and blocks.halves)
-                assert sums / (32 * blocks.num_warps) <= 128  # fp32 registers of a thread, of 255
-                if itemsize == 4 or shared_memory < kernels.HOPPER_MEMORY:
-                    assert kernels.tile_bytes(blocks, width, itemsize) <= shared_memory
-        draws, num_warps = kernels.own_blocks(dim)
-        assert draws >= 16 and draws * width / (32 * num_warps) <= 64
+    width = padded(dim)
+    for depth in (1, 20, 128, 100_000):
+        for gradient in (False, True):
+            blocks = kernels.tile_blocks(depth, dim, itemsize, shared_memory, gradient)
+            assert min(16, blocks.positions, blocks.negatives) == 16
+            assert blocks.positions < 2 * max(16, depth)
+            assert blocks.halves <= (width > 64)
+            sums = (blocks.negatives if gradient else blocks.positions) * width
+            sums /= 1 + (gradient and blocks.halves)
+            assert sums / (32 * blocks.num_warps) <= 128  # fp32 registers of a thread, of 255
+            if itemsize == 4 or shared_memory < kernels.HOPPER_MEMORY:
+                assert kernels.tile_bytes(blocks, width, itemsize) <= shared_memory
+    draws, num_warps = kernels.per_position_blocks(dim)
+    assert draws >= 16 and draws * width / (32 * num_warps) <= 64
 
 
 # On a GPU
@@ -266,14 +186,8 @@ def test_blocks_fit_the_chip(itemsize, shared_memory):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 def test_kernels(dtype, sharing, popularity, loss, deterministic):
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        check_kernels(
-            n=1000, v=701, d=64, k=77, sharing=sharing, dtype=dtype, popularity=popularity, loss=loss,
-            device="cuda",
-        )  # fmt: skip
-    finally:
-        torch.use_deterministic_algorithms(False)
+    check = check_deterministic if deterministic else check_kernels
+    check(n=1000, v=701, d=64, k=77, sharing=sharing, dtype=dtype, popularity=popularity, loss=loss, device="cuda")
 
 
 @needs_gpu
@@ -337,8 +251,9 @@ def assert_close(ours, truth, tolerance=2e-6):
 @needs_gpu
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("loss", ["softmax", "binary"])
-def test_reductions(loss, sharing):
-    check_reductions(loss, sharing, n=400, device="cuda")
+@pytest.mark.parametrize(("reduction", "factor"), REDUCTIONS)
+def test_reductions(reduction, factor, loss, sharing):
+    check_reduction(reduction, factor, n=400, device="cuda", loss=loss, sharing=sharing)
 
 
 @needs_gpu
@@ -361,11 +276,8 @@ def test_strides_and_empty_input(sharing):
 @pytest.mark.parametrize("loss", ["softmax", "binary"])
 def test_deterministic_runs_are_bit_equal(loss, sharing, dtype):
     args = problem(n=3000, v=40, d=64, dtype=dtype, device="cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic_algorithms():
         one, two = (gradients(*args, loss=loss, sharing=sharing) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
 

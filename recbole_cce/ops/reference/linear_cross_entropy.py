@@ -69,11 +69,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                     logits = hidden @ vectors.T
                     mask_padding(logits, items, ctx.padding_idx)
                     slope = logits.sub_(largest[rows, None]).exp_().div_(total[rows, None])
-                    # softmax minus one at the own target before the products: a peaked softmax then cancels exactly
-                    own = target[rows] - items.start
-                    inside = (own >= 0) & (own < items.stop - items.start)
-                    own = own.where(inside, 0)[:, None]
-                    slope.scatter_add_(1, own, -inside[:, None].to(dtype)).mul_(scale)
+                    # softmax minus one at the target before the products: a peaked softmax then cancels exactly
+                    column = target[rows] - items.start
+                    inside = (column >= 0) & (column < items.stop - items.start)
+                    column = column.where(inside, 0)[:, None]
+                    slope.scatter_add_(1, column, -inside[:, None].to(dtype)).mul_(scale)
                     if input_needed:
                         grad_input[rows].addmm_(slope, vectors)
                     if weight_needed:

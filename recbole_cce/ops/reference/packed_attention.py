@@ -20,20 +20,20 @@ def packed_attention(
 ) -> torch.Tensor:
     """[P, H, d]; see ops.packed_attention. `seed`: None without dropout. It waits for the device."""
     dtype = reference.math_dtype(query)
-    outputs = [query[:0], key[:0], value[:0]]  # without a place, gradients are empty, too
+    outputs = [query[:0], key[:0], value[:0]]  # without a position, gradients are empty, too
     with torch.autocast(query.device.type, enabled=False):
         for start, end in spans.unique(dim=0).tolist():
             q, k, v = (part[start:end].transpose(0, 1).to(dtype) for part in (query, key, value))
             weights = causal_softmax(q @ k.mT / math.sqrt(query.size(-1)))
             if seed is not None:
-                places = torch.arange(start, end, device=query.device)
-                weights = dropped(weights, kept(seed, places, places, len(q), dropout_p), dropout_p)
+                positions = torch.arange(start, end, device=query.device)
+                weights = dropped(weights, kept(seed, positions, positions, len(q), dropout_p), dropout_p)
             outputs.append((weights @ v).transpose(0, 1).to(query.dtype))
     return torch.cat(outputs)
 
 
 def causal_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """[H, L, L] logits -> weights of each query on the keys up to its own place."""
+    """[H, L, L] logits -> weights of each query on the keys up to its position."""
     later = torch.ones_like(logits[0], dtype=torch.bool).triu(1)
     return logits.masked_fill(later, -math.inf).softmax(-1)
 
@@ -48,12 +48,12 @@ def kept(
 ) -> torch.Tensor:
     """Which attention weights dropout keeps: those of the Philox words that are not among the lowest.
 
-    The weight of place `query` on place `key` in a head has word key % 4 of counter (query, key // 4, head, 0).
+    The weight of position `query` on position `key` in a head has word key % 4 of counter (query, key // 4, head, 0).
 
     Args:
         seed: integer or 0-d int64 tensor.
-        query: [M] int64 places.
-        key: [N] int64 places.
+        query: [M] int64 positions.
+        key: [N] int64 positions.
         heads: H.
         dropout_p: the share that is dropped.
 

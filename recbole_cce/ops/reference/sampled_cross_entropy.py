@@ -33,14 +33,14 @@ class Draws:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some positions of some groups. Groups differ by one in size: places past the end hold a group's first position.
+    """Some positions of some groups. Groups differ by one in size: slots past the end hold a group's first position.
 
     So they see finite numbers, and weigh nothing. Results go to `slots`, which are all different, in buffers that
     are longer than N: no choice by a mask, for which a GPU would have to wait.
     """
 
     drawn: torch.Tensor  # [G, K] rows of the negatives
-    slots: torch.Tensor  # [G, M] places in the result; N and more past the end
+    slots: torch.Tensor  # [G, M] rows of the result; N and more past the end
     target: torch.Tensor  # [G, M]
     ignored: torch.Tensor | None  # [G, M] bool, None where no position can be
     hidden: torch.Tensor  # [G, M, D], zero where ignored
@@ -93,7 +93,7 @@ def logits(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Rows [G, k] of negatives, their vectors [G, k, D] and corrected logits [G, M, k], some negatives at a time.
 
-    A negative that is the position's own target has logit -inf.
+    A negative that is the position's target has logit -inf.
     """
     size = negatives_per_chunk(draws.num_negatives, weight.size(1))
     num_items = len(weight) - (draws.padding_idx is not None)
@@ -126,10 +126,10 @@ def counted_logits(
         if draws.logq_correction:
             offset -= draws.sampler.log_q(items, num_items) + math.log(draws.num_negatives)
         scores = torch.baddbmm(offset[:, None, :], chunk.hidden, vectors.transpose(1, 2))
-        own = negatives.to_items(chunk.target, draws.padding_idx) - items[0]
-        inside = (own >= 0) & (own < len(items))
-        own = own.where(inside, 0)[:, :, None]
-        scores.scatter_(2, own, scores.gather(2, own).masked_fill_(inside[:, :, None], -torch.inf))
+        column = negatives.to_items(chunk.target, draws.padding_idx) - items[0]
+        inside = (column >= 0) & (column < len(items))
+        column = column.where(inside, 0)[:, :, None]
+        scores.scatter_(2, column, scores.gather(2, column).masked_fill_(inside[:, :, None], -torch.inf))
         yield rows.expand(groups, -1), vectors, scores
 
 
@@ -190,7 +190,7 @@ class SampledCrossEntropy(torch.autograd.Function):
 
 
 def positives(chunk: Chunk, weight: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors [G, M, D] and logits [G, M] of each position's own target, zero where it is ignored."""
+    """Vectors [G, M, D] and logits [G, M] of each position's target, zero where it is ignored."""
     vectors = reference.read(weight[chunk.target], draws.rounding, chunk.hidden.dtype)
     vectors = reference.without(vectors, chunk.ignored)
     return vectors, (chunk.hidden * vectors).sum(2)
@@ -219,8 +219,8 @@ def gradients(
         for chunk in chunks(input, target, draws, len(weight), dtype):
             scale = grad[chunk.slots][:, :, None]
             vectors, positive = positives(chunk, weight, draws)
-            own = slopes(chunk, positive, None)[:, :, None] * scale
-            direction = vectors.mul_(own)
+            positive_slope = slopes(chunk, positive, None)[:, :, None] * scale
+            direction = vectors.mul_(positive_slope)
             for drawn, vectors, scores in terms(chunk, weight, draws):
                 slope = slopes(chunk, None, scores).mul_(scale)
                 if needed[0]:
@@ -231,7 +231,7 @@ def gradients(
             if needed[0]:
                 grad_input[chunk.slots] = direction
             if needed[1]:  # the large terms last: the many small ones would be rounded to their size
-                grad_weight.index_add_(0, chunk.target.flatten(), (own * chunk.hidden).flatten(0, 1))
+                grad_weight.index_add_(0, chunk.target.flatten(), (positive_slope * chunk.hidden).flatten(0, 1))
     grad_input = None if grad_input is None else grad_input[: len(input)]
     return reference.cast(grad_input, input), reference.cast(grad_weight, weight)
 

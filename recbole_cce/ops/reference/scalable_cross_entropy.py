@@ -134,9 +134,11 @@ class BucketCrossEntropy(torch.autograd.Function):
         winner = torch.full((n,), n_buckets, device=input.device)
         with torch.autocast(input.device.type, enabled=False):
             for bucket, position in chunks(positions, items, input.size(1)):
-                scores, own, *_ = bucket_logits(input, weight, target, position, items[bucket], rounding, dtype)
-                top, mass = reference.add_logits(own, torch.ones_like(own), scores)
-                value = (mass.log() + (top - own)).masked_fill(position < 0, -torch.inf).flatten()
+                scores, target_logit, *_ = bucket_logits(
+                    input, weight, target, position, items[bucket], rounding, dtype
+                )
+                top, mass = reference.add_logits(target_logit, torch.ones_like(target_logit), scores)
+                value = (mass.log() + (top - target_logit)).masked_fill(position < 0, -torch.inf).flatten()
                 number = bucket[:, None].expand_as(position).flatten()
                 position = position.clamp(min=0).flatten()
                 before = loss.clone()
@@ -144,8 +146,8 @@ class BucketCrossEntropy(torch.autograd.Function):
                 best = (value == loss[position]) & (value > before[position])  # an earlier bucket wins a tie
                 winner.masked_fill_(loss > before, n_buckets)
                 winner.scatter_reduce_(0, position, number.where(best, n_buckets), "amin")
-                place = position.where(best & (winner[position] == number), n)
-                largest.scatter_(0, place, top.flatten()), total.scatter_(0, place, mass.flatten())
+                slot = position.where(best & (winner[position] == number), n)
+                largest.scatter_(0, slot, top.flatten()), total.scatter_(0, slot, mass.flatten())
         covered = (winner < n_buckets) | loss.isnan()  # NaN equals nothing, so that it has no winner
         loss.masked_fill_(~covered, 0)
         ctx.rounding = rounding
@@ -163,23 +165,23 @@ class BucketCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if weight_needed else None
         with torch.autocast(input.device.type, enabled=False):
             for bucket, position in chunks(positions, items, input.size(1)):
-                scores, own, hidden, vectors, targets = bucket_logits(
+                scores, target_logit, hidden, vectors, targets = bucket_logits(
                     input, weight, target, position, items[bucket], ctx.rounding, dtype
                 )
                 # losers get 0, and a denominator that is one of theirs, so that nothing overflows
                 won = (winner[position] == bucket[:, None]) & (position >= 0)
                 position = position.clamp(min=0)
                 scale = grad[position].to(dtype).where(won, 0)
-                top, mass = largest[position].where(won, own), total[position].where(won, 1)
+                top, mass = largest[position].where(won, target_logit), total[position].where(won, 1)
                 softmax = scores.sub_(top[:, :, None]).clamp_(max=0).exp_().mul_((scale / mass)[:, :, None])
-                slope = ((own - top - mass.log()).expm1() * scale)[:, :, None]
-                own_item = target[position]
+                slope = ((target_logit - top - mass.log()).expm1() * scale)[:, :, None]
+                target_item = target[position]
                 if input_needed:
                     grad_input.index_add_(0, position.flatten(), (softmax @ vectors + slope * targets).flatten(0, 1))
                 if weight_needed:
                     to_items = softmax.transpose(1, 2) @ hidden
                     grad_weight.index_add_(0, items[bucket].clamp(min=0).flatten(), to_items.flatten(0, 1))
-                    grad_weight.index_add_(0, own_item.flatten(), (slope * hidden).flatten(0, 1))
+                    grad_weight.index_add_(0, target_item.flatten(), (slope * hidden).flatten(0, 1))
         return reference.cast(grad_input, input), reference.cast(grad_weight, weight), None, None, None, None
 
 
@@ -202,16 +204,16 @@ def bucket_logits(
     rounding: torch.dtype | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of b buckets: logits [b, X, Y], -inf at own targets and -1; own logits [b, X]; hidden states, and vectors of the
-    items and of the own targets, zero at -1."""
+    """Of b buckets: logits [b, X, Y], -inf at the targets and -1; those of the targets [b, X]; hidden states, and
+    vectors of the items and of the targets, zero at -1."""
 
     def gather(matrix: torch.Tensor, rows: torch.Tensor, none: torch.Tensor) -> torch.Tensor:
         return reference.without(reference.read(matrix[rows], rounding, dtype), none)
 
-    own_item = target[position.clamp(min=0)]
+    target_item = target[position.clamp(min=0)]
     hidden = gather(input, position.clamp(min=0), position < 0)
-    targets = gather(weight, own_item, position < 0)
+    targets = gather(weight, target_item, position < 0)
     vectors = gather(weight, item.clamp(min=0), item < 0)
     scores = hidden @ vectors.transpose(1, 2)
-    scores.masked_fill_((item[:, None, :] == own_item[:, :, None]) | (item < 0)[:, None, :], -torch.inf)
+    scores.masked_fill_((item[:, None, :] == target_item[:, :, None]) | (item < 0)[:, None, :], -torch.inf)
     return scores, (hidden * targets).sum(2), hidden, vectors, targets

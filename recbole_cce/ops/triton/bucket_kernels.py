@@ -1,17 +1,17 @@
 """SCE in buckets: the loss of a bucket's positions against its items, and the gradients of those that won.
 
-A position's softmax denominator is kept as its distance from the own logit, which is the loss: p_j = exp(s_j - own -
-loss), d loss / d own = exp(-loss) - 1. Where products are of fp32, rounding these distances would be the largest error
-of a peaked softmax: there `peak` [B, X, 2] has the largest logit and the log of the sum relative to it. Losses and that
-log are in units of log 2 until they are final: exp2 is the instruction that the hardware has.
+A position's softmax denominator is kept as its distance from the target's logit s_y, which is the loss:
+p_j = exp(s_j - s_y - loss), d loss / d s_y = exp(-loss) - 1. Where products are of fp32, rounding these distances would
+be the largest error of a peaked softmax: there `peak` [B, X, 2] has the largest logit and the log of the sum relative
+to it. Losses and that log are in units of log 2 until they are final: exp2 is the instruction that the hardware has.
 """
 
 import triton
 import triton.language as tl
 
 from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E
-from recbole_cce.ops.triton.full_kernels import finish
-from recbole_cce.ops.triton.tile_kernels import add_product, add_rows, load_rows, logits, store_rows
+from recbole_cce.ops.triton.softmax import finish
+from recbole_cce.ops.triton.tiles import add_product, add_rows, load_rows, logits, store_rows
 
 UNITS_16 = tl.constexpr(14.0)  # fp16 takes probabilities in units in which 1 is 2^14, or small ones would underflow
 
@@ -34,11 +34,11 @@ def load_items(item_ptr, i_b, o_y, size_y):
 
 
 @triton.jit
-def own_logit_kernel(
+def target_logit_kernel(
     h_ptr,
     w_ptr,
     y_ptr,
-    own_ptr,
+    target_logit_ptr,
     best_ptr,
     n,
     padding_idx,
@@ -52,7 +52,7 @@ def own_logit_kernel(
     BM: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One program: the own logits of BM positions; no bucket is their best yet."""
+    """One program: the logits of the targets of BM positions; no bucket is their best yet."""
     o_d = tl.arange(0, BD)
     o_n = tl.program_id(0) * BM + tl.arange(0, BM)
     m_n = o_n < n
@@ -60,7 +60,7 @@ def own_logit_kernel(
     m_y = m_n & (b_y != padding_idx)
     b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_y, o_d, D, DTYPE).to(tl.float32)
     b_w = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_y, o_d, D, DTYPE).to(tl.float32)
-    tl.store(own_ptr + o_n, tl.sum(b_h * b_w, 1), mask=m_n)
+    tl.store(target_logit_ptr + o_n, tl.sum(b_h * b_w, 1), mask=m_n)
     tl.store(best_ptr + o_n, tl.zeros([BM], tl.int64), mask=m_n)
 
 
@@ -71,7 +71,7 @@ def bucket_loss_kernel(
     y_ptr,
     position_ptr,
     item_ptr,
-    own_ptr,
+    target_logit_ptr,
     best_ptr,
     peak_ptr,
     size_x,
@@ -101,9 +101,9 @@ def bucket_loss_kernel(
     b_n = tl.load(position_ptr + o_slot, mask=o_x < size_x, other=-1)
     m_n = b_n >= 0
     b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=0).to(tl.int32)
-    b_own = tl.load(own_ptr + b_n, mask=m_n, other=0.0)
+    b_sy = tl.load(target_logit_ptr + b_n, mask=m_n, other=0.0)
     b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
-    b_ref = b_own
+    b_ref = b_sy
     b_mass = tl.zeros([BM], tl.float32)
     for i_y in range(0, size_y, BN):
         o_y = i_y + tl.arange(0, BN)
@@ -116,11 +116,11 @@ def bucket_loss_kernel(
         b_p = tl.exp2((b_s - b_new[:, None]) * LOG2_E)
         b_mass = b_mass * tl.exp2((b_ref - b_new) * LOG2_E) + tl.sum(b_p, 1)
         b_ref = b_new
-    b_loss, _, _, _ = finish((b_ref - b_own) * LOG2_E, b_mass, b_own * 0.0)
+    b_loss, _, _, _ = finish((b_ref - b_sy) * LOG2_E, b_mass, b_sy * 0.0)
     b_loss *= LOG2_E
     if peak_ptr is not None:
         tl.store(peak_ptr + 2 * o_slot, b_ref, mask=o_x < size_x)
-        b_log = tl.log2(b_mass + tl.exp2((b_own - b_ref) * LOG2_E))
+        b_log = tl.log2(b_mass + tl.exp2((b_sy - b_ref) * LOG2_E))
         tl.store(peak_ptr + 2 * o_slot + 1, b_log, mask=o_x < size_x)
     bits = b_loss.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     b_key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - i_b).to(tl.int64)
@@ -174,14 +174,14 @@ def winner_kernel(
 
 
 @triton.jit
-def load_winners(winner_ptr, peak_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y):
+def load_winners(winner_ptr, peak_ptr, y_ptr, target_logit_ptr, best_ptr, o_slot, m_n, stride_y):
     """Position, target, reference of its logits, log of the softmax denominator there, and loss, of the slots `o_slot`
     of winners."""
     b_n = tl.load(winner_ptr + o_slot, mask=m_n, other=0)
     b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=0).to(tl.int32)
-    b_own = tl.load(own_ptr + b_n, mask=m_n, other=0.0)
+    b_sy = tl.load(target_logit_ptr + b_n, mask=m_n, other=0.0)
     b_loss = loss_of(tl.load(best_ptr + b_n, mask=m_n, other=0))
-    b_ref, b_log = b_own, b_loss
+    b_ref, b_log = b_sy, b_loss
     if peak_ptr is not None:
         b_ref = tl.load(peak_ptr + 2 * o_slot, mask=m_n, other=0.0)
         b_log = tl.load(peak_ptr + 2 * o_slot + 1, mask=m_n, other=0.0)
@@ -190,7 +190,7 @@ def load_winners(winner_ptr, peak_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, st
 
 @triton.jit
 def probabilities(b_s, b_ref, b_log, b_y, b_item, DTYPE: tl.constexpr):
-    """Of logits of positions x items; 0 at own targets, and in fp16 in larger units."""
+    """Of logits of positions x items; 0 at the targets, and in fp16 in larger units."""
     UP: tl.constexpr = UNITS_16 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
     b_s = (b_s - b_ref) * LOG2_E - (b_log - UP)
     return tl.where((b_item != b_y) & (b_item >= 0), tl.exp2(b_s), 0.0)
@@ -206,7 +206,7 @@ def bucket_input_gradient_kernel(
     winner_ptr,
     peak_ptr,
     count_ptr,
-    own_ptr,
+    target_logit_ptr,
     best_ptr,
     grad_h_ptr,
     size_x,
@@ -235,7 +235,7 @@ def bucket_input_gradient_kernel(
         m_n = o_x < count
         o_slot = i_b.to(tl.int64) * size_x + o_x
         b_n, b_y, b_ref, b_log, b_loss = load_winners(
-            winner_ptr, peak_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y
+            winner_ptr, peak_ptr, y_ptr, target_logit_ptr, best_ptr, o_slot, m_n, stride_y
         )
         b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
         b_sum = tl.zeros([BM, BD], tl.float32)
@@ -264,7 +264,7 @@ def bucket_weight_gradient_kernel(
     winner_ptr,
     peak_ptr,
     count_ptr,
-    own_ptr,
+    target_logit_ptr,
     best_ptr,
     grad_w_ptr,
     first_bucket,
@@ -305,7 +305,7 @@ def bucket_weight_gradient_kernel(
             m_n = o_x < count
             o_slot = i_b.to(tl.int64) * size_x + o_x
             b_n, b_y, b_ref, b_log, _ = load_winners(
-                winner_ptr, peak_ptr, y_ptr, own_ptr, best_ptr, o_slot, m_n, stride_y
+                winner_ptr, peak_ptr, y_ptr, target_logit_ptr, best_ptr, o_slot, m_n, stride_y
             )
             b_g = tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad, mask=m_n, other=0.0).to(tl.float32) / unit
             b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)

@@ -1,7 +1,7 @@
 """CCE: full cross-entropy in blocks of positions x items. A block of one side stays, the other side streams past it.
 
-Positions come sorted by their target, ignored ones last: `order` [N] says which position is in which place, and the
-first `bound[0]` places hold a target. Targets of neighbours are then neighbours, so that almost no block holds one and
+Positions come sorted by their target, ignored ones last: `order` [N] says which position is in which slot, and the
+first `bound[0]` slots hold a target. Targets of neighbours are then neighbours, so that almost no block holds one and
 has to be masked, and whatever lies beyond them costs nothing.
 
 Logits are in units of log 2: exp2 is the instruction that the hardware has. A softmax denominator is a reference
@@ -12,14 +12,15 @@ logit: no maximum is needed as long as the others do not exceed it by a factor b
 import triton
 import triton.language as tl
 
-from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E, log_1p
-from recbole_cce.ops.triton.tile_kernels import add_product, load_rows, logits
+from recbole_cce.ops.triton.exponentials import LOG2_E
+from recbole_cce.ops.triton.softmax import finish
+from recbole_cce.ops.triton.tiles import add_product, load_rows, logits
 
 SAFE_MASS = tl.constexpr(2.0**64)  # far below what fp32 and bf16 hold, so that sums of vectors cannot overflow either
 
 
 @triton.jit
-def own_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D: tl.constexpr, DTYPE: tl.constexpr):
+def target_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D: tl.constexpr, DTYPE: tl.constexpr):
     """[BM] logits of the targets: fp32 sums of the products of the same rounded rows."""
     b_target = load_rows(w_ptr, b_y, stride_wn, stride_wd, m_n, o_d, D, DTYPE)
     return tl.sum(b_h.to(tl.float32) * b_target.to(tl.float32), 1) * LOG2_E
@@ -70,9 +71,9 @@ def sweep(
             b_w = load_rows(w_ptr, o_v, stride_wn, stride_wd, m_v, o_d, D, DTYPE)
         b_s = logits(b_h, b_w, PRECISION)
         stop = start + BV
-        own = (start <= high) & (stop > low)
+        targets = (start <= high) & (stop > low)
         padding = (start <= padding_idx) & (stop > padding_idx)
-        if own | padding | (stop > num_rows):
+        if targets | padding | (stop > num_rows):
             m_v = (o_v < num_rows) & (o_v != padding_idx)
             b_s = tl.where((o_v[None, :] != b_y[:, None]) & m_v[None, :], b_s, -float("inf"))
         if ONLINE:
@@ -95,27 +96,12 @@ def sweep(
 
 
 @triton.jit
-def finish(b_ref, b_mass, b_own):
-    """Loss, log-sum-exp in units of log 2, slope = d loss / d own logit, and 1 / denominator in units of b_ref.
-
-    The mass of the others is kept apart from the target's: 1 - p then loses no digit where p is near 1.
-    """
-    b_max = tl.maximum(b_ref, b_own)
-    b_unit = tl.exp2(b_ref - b_max)
-    b_others = b_mass * b_unit
-    b_total = b_others + tl.exp2(b_own - b_max)
-    b_log = tl.log2(b_total)
-    b_loss = tl.where(b_own >= b_ref, log_1p(b_others), (b_max - b_own + b_log) * LN_2)
-    return b_loss, b_max.to(tl.float64) + b_log, -b_others / b_total, b_unit / b_total
-
-
-@triton.jit
 def store_results(
-    b_ref, b_mass, b_sum, b_own, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr, residual_ptr,
+    b_ref, b_mass, b_sum, b_sy, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr, residual_ptr,
     stride_wn, stride_wd, o_d, D: tl.constexpr, DTYPE: tl.constexpr, DIRECTION: tl.constexpr,
 ):  # fmt: skip
-    """What is known of places `o_i`, which hold positions `b_n`: loss and direction by position, the rest by place."""
-    b_loss, b_lse, b_slope, b_scale = finish(b_ref, b_mass, b_own)
+    """What is known of slots `o_i`, which hold positions `b_n`: loss and direction by position, the rest by slot."""
+    b_loss, b_lse, b_slope, b_scale = finish(b_ref, b_mass, b_sy)
     tl.store(loss_ptr + b_n, b_loss, mask=m_n)
     tl.store(lse_ptr + o_i, b_lse, mask=m_n)
     tl.store(slope_ptr + o_i, b_slope, mask=m_n)
@@ -187,7 +173,7 @@ def full_forward_kernel(
         b_n = tl.load(order_ptr + o_i, mask=m_n, other=0)
         b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=-1).to(tl.int32)
         b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
-        b_own = own_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D, DTYPE)
+        b_sy = target_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D, DTYPE)
         low = tl.min(tl.where(m_n, b_y, num_rows), 0)
         high = tl.max(b_y, 0)
         # padding in front is left out by beginning behind it
@@ -196,7 +182,7 @@ def full_forward_kernel(
         # fp16 takes probabilities down to 2^-38 of the largest, in units in which that is 2^14
         UP: tl.constexpr = 14.0 if DTYPE == tl.float16 else 0.0  # noqa: SIM300
         b_ref, b_mass, b_sum = sweep(
-            b_h, b_y, b_own - UP, w_ptr, w_desc, first, last, low, high, num_rows, padding_idx, stride_wn, stride_wd,
+            b_h, b_y, b_sy - UP, w_ptr, w_desc, first, last, low, high, num_rows, padding_idx, stride_wn, stride_wd,
             D, BD, BM, BV, DTYPE, PRECISION, DIRECTION, ONLINE, UP, TMA,
         )  # fmt: skip
         if SPLIT:
@@ -210,7 +196,7 @@ def full_forward_kernel(
             if not ONLINE:  # marks the log-sum-exp
                 b_mass = tl.where(b_mass < SAFE_MASS, b_mass, float("nan"))
             store_results(
-                b_ref, b_mass, b_sum, b_own, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr,
+                b_ref, b_mass, b_sum, b_sy, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr,
                 residual_ptr, stride_wn, stride_wd, o_d, D, DTYPE, DIRECTION,
             )  # fmt: skip
 
@@ -252,7 +238,7 @@ def full_combine_kernel(
         b_n = tl.load(order_ptr + o_i, mask=m_n, other=0)
         b_y = tl.load(y_ptr + b_n.to(tl.int64) * stride_y, mask=m_n, other=0).to(tl.int32)
         b_h = load_rows(h_ptr, b_n, stride_hn, stride_hd, m_n, o_d, D, DTYPE)
-        b_own = own_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D, DTYPE)
+        b_sy = target_logits(b_h, b_y, m_n, w_ptr, stride_wn, stride_wd, o_d, D, DTYPE)
         b_ref = tl.load(part_ref_ptr + o_i, mask=m_n, other=0.0)
         b_mass = tl.zeros([BM], tl.float32)
         b_sum = tl.zeros([BM, BD], tl.float32)
@@ -269,7 +255,7 @@ def full_combine_kernel(
                 b_sum = b_sum * b_old_unit[:, None] + b_add * b_part_unit[:, None]
             b_ref = b_new
         store_results(
-            b_ref, b_mass, b_sum, b_own, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr,
+            b_ref, b_mass, b_sum, b_sy, b_y, o_i, b_n, m_n, w_ptr, loss_ptr, lse_ptr, slope_ptr, direction_ptr,
             residual_ptr, stride_wn, stride_wd, o_d, D, DTYPE, DIRECTION,
         )  # fmt: skip
 
@@ -310,7 +296,7 @@ def full_weight_gradient_kernel(
 ):
     """One program: what one split of the positions gives to BV rows of the table.
 
-    bound [1:]: the places where the positions begin whose targets are in a block of rows. The first split is
+    bound [1:]: the slots where the positions begin whose targets are in a block of rows. The first split is
     written to grad_w [V+1, D], with SPLIT the others to part [splits - 1, V+1, D]. UNIFORM: all positions have the
     upstream gradient grad[0]. Without GATHER the hidden states are sorted already.
     """
@@ -332,7 +318,7 @@ def full_weight_gradient_kernel(
 
     b_sum = tl.zeros([BV, BD], tl.float32)
     for start in range(first, last, BN):
-        # nothing is masked: places past the last target hold the first one's position, with probability 0
+        # nothing is masked: slots past the last target hold the first one's position, with probability 0
         if TMA:
             b_h = h_desc.load([start, 0])
             b_lse = lse_desc.load([start])
@@ -357,7 +343,7 @@ def full_weight_gradient_kernel(
             b_p = tl.where(o_v[:, None] != b_y[None, :], b_p, 0.0)
         b_sum = add_product(b_p, b_h, b_sum, PRECISION)
 
-    # The targets' own share. Its factors are added in two parts, which have twice the digits of a 16-bit number; one
+    # The targets' share. Its factors are added in two parts, which have twice the digits of a 16-bit number; one
     # product in the loop, as the layout of two in a row is not the one of the sum.
     low = tl.maximum(low, first)
     high = tl.minimum(high, last)
@@ -373,8 +359,8 @@ def full_weight_gradient_kernel(
             b_c *= tl.load(grad_ptr + b_n.to(tl.int64) * stride_grad, mask=m_n, other=0.0).to(tl.float32) / unit
         if PARTS == 2:
             b_c = tl.where(i % 2 == 0, b_c, b_c - b_c.to(DTYPE).to(tl.float32))
-        b_own = tl.where(o_v[:, None] == b_y[None, :], b_c[None, :], 0.0)
-        b_sum = add_product(b_own, b_h, b_sum, PRECISION)
+        b_p = tl.where(o_v[:, None] == b_y[None, :], b_c[None, :], 0.0)
+        b_sum = add_product(b_p, b_h, b_sum, PRECISION)
 
     b_sum = tl.where((o_v != padding_idx)[:, None], b_sum * (unit * 2.0**-UP), 0.0)
     o_dw = o_v.to(tl.int64)[:, None] * D + o_d[None, :]

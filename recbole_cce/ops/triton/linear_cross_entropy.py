@@ -33,8 +33,8 @@ except ImportError:  # before Triton 3.4
 
 MAX_SPLITS = 64
 EXACT_STAGES = 1 if TensorDescriptor is None else 2  # old compilers cannot pipeline the products of fp32
-NO_POSITION = 2.0**100  # log-sum-exp of a place without a position: all probabilities are 0
-PLACES = 128  # sorted positions come in whole blocks of so many
+NO_POSITION = 2.0**100  # log-sum-exp of a slot without a position: all probabilities are 0
+SLOTS = 128  # sorted positions come in whole blocks of so many
 
 
 @dataclass(frozen=True)
@@ -145,19 +145,27 @@ def forward(
     dtype: torch.dtype,
     with_direction: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss [N]; for each place in the order of the targets log-sum-exp and slope = d loss / d own logit; that order and
-    its bounds, see sort_positions(); direction [N, D] = d loss_i / d input_i, or [0]; what a direction of 16 bits left
-    out [N, D], or [0]. Without tensor cores lse is fp64: rounded, it would be the largest error of a peaked softmax.
+    """Both passes' softmax, and the directions of the gradients of the hidden states.
 
-    `input` and `weight` are what has gradients, `hidden` and `table` are the numbers to read.
+    Args:
+        input, weight: [N, D] and [V+1, D], what has gradients.
+        hidden, table: the same, the numbers to read.
+
+    Returns:
+        loss: [N].
+        lse, slope: [S], of each slot in the order of the targets, log-sum-exp and d loss / d target logit. Without
+            tensor cores lse is fp64: rounded, it would be the largest error of a peaked softmax.
+        order, bounds: see sort_positions().
+        direction: [N, D], d loss_i / d input_i, or [0].
+        residual: [N, D], what a direction of 16 bits left out, or [0].
     """
     n, dim = hidden.shape
     num_rows = len(table)
     blocks = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory)
     order, bounds = sort_positions(target, padding_idx, num_rows, blocks.stay)
-    loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)
-    lse = torch.full((len(order),), NO_POSITION, dtype=lse_dtype(dtype), device=hidden.device)
-    slope = torch.empty(len(order), dtype=torch.float32, device=hidden.device)
+    loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)  # [N]
+    lse = torch.full((len(order),), NO_POSITION, dtype=lse_dtype(dtype), device=hidden.device)  # [S]
+    slope = torch.empty(len(order), dtype=torch.float32, device=hidden.device)  # [S]
     direction, residual = (
         torch.zeros(shape, dtype=input.dtype, device=hidden.device) for shape in direction_shapes(input, with_direction)
     )
@@ -228,11 +236,11 @@ def _(
     with_direction: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     n, dim = hidden.shape
-    loss = hidden.new_empty(n, dtype=torch.float32)
-    lse = hidden.new_empty(num_places(n), dtype=lse_dtype(dtype))
-    slope = hidden.new_empty(num_places(n), dtype=torch.float32)
+    loss = hidden.new_empty(n, dtype=torch.float32)  # [N]
+    lse = hidden.new_empty(num_slots(n), dtype=lse_dtype(dtype))  # [S]
+    slope = hidden.new_empty(num_slots(n), dtype=torch.float32)  # [S]
     block = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory).stay
-    order = hidden.new_empty(num_places(n), dtype=torch.int32)
+    order = hidden.new_empty(num_slots(n), dtype=torch.int32)  # [S]
     bounds = hidden.new_empty(num_bounds(len(table), block), dtype=torch.int32)
     direction, residual = (
         hidden.new_empty(shape, dtype=input.dtype) for shape in direction_shapes(input, with_direction)
@@ -283,10 +291,11 @@ def weight_gradient(
         hidden = hidden.index_select(0, order)
         desc = descriptor(hidden, blocks.stream, dtype)
         lse_desc = None if desc is None else TensorDescriptor(lse, list(lse.shape), [1], [blocks.stream])
-    grad_weight = torch.empty(table.shape, dtype=weight_dtype if splits == 1 else torch.float32, device=table.device)
+    sum_dtype = weight_dtype if splits == 1 else torch.float32
+    grad_weight = torch.empty(table.shape, dtype=sum_dtype, device=table.device)  # [V+1, D]
     parts = None
     if splits > 1:
-        parts = torch.empty(splits - 1, *table.shape, dtype=torch.float32, device=table.device)
+        parts = torch.empty(splits - 1, *table.shape, dtype=torch.float32, device=table.device)  # [splits-1, V+1, D]
     uniform = n == 1 or grad.stride(0) == 0
     full_weight_gradient_kernel[(programs, splits)](
         grad_ptr=grad,
@@ -319,20 +328,8 @@ def weight_gradient(
 
 
 @weight_gradient.register_fake
-def _(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    table: torch.Tensor,
-    target: torch.Tensor,
-    lse: torch.Tensor,
-    slope: torch.Tensor,
-    order: torch.Tensor,
-    bounds: torch.Tensor,
-    padding_idx: int | None,
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    spare: int,
-) -> torch.Tensor:
+def _(grad: torch.Tensor, hidden: torch.Tensor, table: torch.Tensor, *options: Any) -> torch.Tensor:
+    *_, weight_dtype, _ = options
     return table.new_empty(table.shape, dtype=weight_dtype)
 
 
@@ -384,27 +381,27 @@ def num_bounds(num_rows: int, block: int) -> int:
 def sort_positions(
     target: torch.Tensor, padding_idx: int | None, num_rows: int, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions in the order of their targets, and bounds in it. Nothing waits for the device.
+    """The positions in the order of their targets [S], and bounds in it. Nothing waits for the device.
 
     Ignored positions come last and are replaced by the first of all: whatever is in their rows is never read. So are
-    the places up to a multiple of PLACES. Bounds: how many positions are not ignored and, after that number, where the
-    targets in each block of rows begin and the last one ends.
+    the slots up to S, the next multiple of SLOTS. Bounds: how many positions are not ignored and, after that number,
+    where the targets in each block of rows begin and the last one ends.
     """
     last = torch.iinfo(torch.int32).max
     key = target if padding_idx is None else target.masked_fill(target == padding_idx, last)
-    key, order = key.int().sort(stable=True)
+    key, order = key.int().sort(stable=True)  # [N] each
     edges = torch.arange(-1, num_bounds(num_rows, block) - 1, dtype=torch.int32, device=target.device) * block
     edges[:1] = num_rows
     bounds = torch.searchsorted(key, edges, out_int32=True)
-    places = order.new_zeros(num_places(len(target)), dtype=torch.int32)
-    places[: len(target)] = order
-    counted = torch.arange(len(places), dtype=torch.int32, device=places.device) < bounds[0]
-    return places.where(counted, places[:1]), bounds
+    slots = order.new_zeros(num_slots(len(target)), dtype=torch.int32)  # [S]
+    slots[: len(target)] = order
+    counted = torch.arange(len(slots), dtype=torch.int32, device=slots.device) < bounds[0]
+    return slots.where(counted, slots[:1]), bounds
 
 
-def num_places(n: int) -> int:
-    """Places of n sorted positions."""
-    return -(-n // PLACES) * PLACES
+def num_slots(n: int) -> int:
+    """Of n sorted positions, up to a multiple of SLOTS."""
+    return -(-n // SLOTS) * SLOTS
 
 
 def common_options(

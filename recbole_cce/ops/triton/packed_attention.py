@@ -16,14 +16,14 @@ from recbole_cce.ops.triton.packed_kernels import packed_backward_kernel, packed
 
 
 class Blocks(NamedTuple):
-    """Shape of a program: places that stay, and that stream past them at a time."""
+    """Shape of a program: positions that stay, and that stream past them at a time."""
 
     stay: int
     stream: int
     num_warps: int
 
 
-# Triton 3.6, told to load a block ahead, has one place for it, and on Hopper fills that while products still read it.
+# Triton 3.6, told to load a block ahead, has one buffer for it, and on Hopper fills that while products still read it.
 NUM_STAGES = 1
 
 
@@ -65,13 +65,13 @@ def forward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [P, H, d]; log-sum-exp of the logits [H, P], in units of log 2."""
-    places, heads, dim = query.shape
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(heads, places, dtype=torch.float32, device=query.device)
+    positions, heads, dim = query.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [P, H, d]
+    lse = torch.empty(heads, positions, dtype=torch.float32, device=query.device)  # [H, P]
     if out.numel() == 0:
         return out, lse
     blocks = packed_blocks(dim, query.itemsize)
-    packed_forward_kernel[(triton.cdiv(places, blocks.stay), heads)](
+    packed_forward_kernel[(triton.cdiv(positions, blocks.stay), heads)](
         out_ptr=out,
         lse_ptr=lse,
         BM=blocks.stay,
@@ -84,16 +84,9 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    spans: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    places, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(heads, places, dtype=torch.float32)
+def _(query: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    positions, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(heads, positions, dtype=torch.float32)
 
 
 @custom_op("packed_attention_gradients")
@@ -109,14 +102,14 @@ def gradients(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of query, key and value [P, H, d], given `grad` of the output."""
-    places, heads, dim = query.shape
+    positions, heads, dim = query.shape
     grad_query, grad_key, grad_value = (
         torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)
     )
     if query.numel() == 0:
         return grad_query, grad_key, grad_value
     blocks = packed_blocks(dim, query.itemsize)
-    packed_backward_kernel[(triton.cdiv(places, blocks.stay), heads, 2)](
+    packed_backward_kernel[(triton.cdiv(positions, blocks.stay), heads, 2)](
         out_ptr=out,
         lse_ptr=lse,
         grad_ptr=grad.contiguous(),
@@ -134,15 +127,7 @@ def gradients(
 
 @gradients.register_fake
 def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    spans: torch.Tensor,
-    seed: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dropout_p: float,
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -175,7 +160,7 @@ def common_options(
     dropout_p: float,
 ) -> dict[str, Any]:
     """Arguments that both kernels take."""
-    places, _, dim = query.shape
+    positions, _, dim = query.shape
     threshold = min(round(dropout_p * 2**32), 2**32 - 1)
     return {
         "q_ptr": query,
@@ -183,7 +168,7 @@ def common_options(
         "v_ptr": value,
         "span_ptr": spans,
         "seed_ptr": seed,
-        "places": places,
+        "num_positions": positions,
         "scale": math.log2(math.e) / math.sqrt(dim),
         "threshold": threshold - 2**32 * (threshold >= 2**31),  # its bits as an int32, whatever its size
         "keep_scale": 0.0 if dropout_p == 1 else 1 / (1 - dropout_p),

@@ -1,19 +1,20 @@
-"""Causal attention inside sequences that stand one after another: blocks of places, of whatever sequences.
+"""Causal attention inside sequences that stand one after another: blocks of positions, of whatever sequences.
 
-`span` [P, 2] says where each place's own sequence starts and ends. Starts and ends grow with places, so what a block of
-places meets is one range: keys from the start of its first place on, queries up to the end of its last place.
+`span` [P, 2] says where each position's sequence starts and ends. Starts and ends grow with positions, so what a block
+of positions meets is one range: keys from the start of its first position on, queries up to the end of its last one.
 
-Logits are in units of log 2: exp2 is the instruction that the hardware has. A program is a block of places and a head.
+Logits are in units of log 2: exp2 is the instruction that the hardware has. A program is a block of positions and a
+head.
 """
 
 import triton
 import triton.language as tl
 
 from recbole_cce.ops.triton.exponentials import LN_2
-from recbole_cce.ops.triton.tile_kernels import add_product, in_matrix, load_rows
+from recbole_cce.ops.triton.tiles import add_product, in_matrix, load_rows
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is below; minus itself it is 0, as -inf is not
-NOWHERE = tl.constexpr(2**31 - 1)  # the start of the sequence of a place past the last: it sees no key
+NOWHERE = tl.constexpr(2**31 - 1)  # the start of the sequence of a position past the last: it sees no key
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def packed_forward_kernel(
     seed_ptr,
     out_ptr,
     lse_ptr,
-    places,
+    num_positions,
     scale,
     threshold,
     keep_scale,
@@ -68,14 +69,14 @@ def packed_forward_kernel(
     i_block, i_head = tl.program_id(0), tl.program_id(1)
     o_d = tl.arange(0, BD)
     o_m = i_block * BM + tl.arange(0, BM)
-    m_m = o_m < places
+    m_m = o_m < num_positions
     b_q = load_rows(q_ptr + i_head * stride_qh, o_m, stride_qp, 1, m_m, o_d, D, DTYPE)
     b_start = tl.load(span_ptr + 2 * o_m.to(tl.int64), mask=m_m, other=NOWHERE)
     b_max = tl.full([BM], LOWEST, tl.float32)
     b_mass = tl.zeros([BM], tl.float32)
     b_sum = tl.zeros([BM, BD], tl.float32)
     first = tl.maximum(tl.load(span_ptr + 2 * (i_block * BM).to(tl.int64)), 0) // 4 * 4
-    last = tl.minimum(i_block * BM + BM, places)
+    last = tl.minimum(i_block * BM + BM, num_positions)
     for start in range(first, last, BN):
         o_n = start + tl.arange(0, BN)
         b_k = load_rows(k_ptr + i_head * stride_kh, o_n, stride_kp, 1, o_n < last, o_d, D, DTYPE)
@@ -90,13 +91,13 @@ def packed_forward_kernel(
             b_p = tl.where(kept(seed_ptr, o_m, start, i_head, threshold, BM, BN), b_p, 0.0)
         b_sum = add_product(b_p, b_v, b_sum * b_unit[:, None], PRECISION)
         b_max = b_new
-    b_mass = tl.maximum(b_mass, 1.0)  # its largest term is 1, but past the last place
+    b_mass = tl.maximum(b_mass, 1.0)  # its largest term is 1, but past the last position
     b_sum = b_sum / b_mass[:, None]
     if seed_ptr is not None:
         b_sum *= keep_scale
     o_out = (o_m.to(tl.int64) * tl.num_programs(1) + i_head) * D
     tl.store(out_ptr + o_out[:, None] + o_d[None, :], b_sum, mask=in_matrix(m_m, o_d, D))
-    tl.store(lse_ptr + i_head.to(tl.int64) * places + o_m, b_max + tl.log2(b_mass), mask=m_m)
+    tl.store(lse_ptr + i_head.to(tl.int64) * num_positions + o_m, b_max + tl.log2(b_mass), mask=m_m)
 
 
 @triton.jit
@@ -147,7 +148,7 @@ def packed_backward_kernel(
     grad_q_ptr,
     grad_k_ptr,
     grad_v_ptr,
-    places,
+    num_positions,
     scale,
     threshold,
     keep_scale,
@@ -176,11 +177,11 @@ def packed_backward_kernel(
     stride_out = tl.num_programs(1) * D
     out_ptr += i_head * D
     grad_ptr += i_head * D
-    lse_ptr += i_head.to(tl.int64) * places
+    lse_ptr += i_head.to(tl.int64) * num_positions
     o_d = tl.arange(0, BD)
     o_s = i_block * STAY + tl.arange(0, STAY)
-    m_s = o_s < places
-    last = tl.minimum(i_block * STAY + STAY, places)
+    m_s = o_s < num_positions
+    last = tl.minimum(i_block * STAY + STAY, num_positions)
     p_stay = o_s.to(tl.int64)[:, None] * stride_out + i_head * D + o_d[None, :]
     if tl.program_id(2) == 0:
         b_q = load_rows(q_ptr, o_s, stride_qp, 1, m_s, o_d, D, DTYPE)
@@ -206,7 +207,7 @@ def packed_backward_kernel(
         b_v = load_rows(v_ptr, o_s, stride_vp, 1, m_s, o_d, D, DTYPE)
         b_grad_k = tl.zeros([STAY, BD], tl.float32)
         b_grad_v = tl.zeros([STAY, BD], tl.float32)
-        end = tl.minimum(tl.load(span_ptr + 2 * (last - 1).to(tl.int64) + 1), places)
+        end = tl.minimum(tl.load(span_ptr + 2 * (last - 1).to(tl.int64) + 1), num_positions)
         for start in range(i_block * STAY, end, STREAM):
             o_m = start + tl.arange(0, STREAM)
             m_m = o_m < end

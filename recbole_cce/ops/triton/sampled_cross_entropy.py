@@ -26,7 +26,11 @@ from recbole_cce.ops.triton.launch import (
     precision,
 )
 from recbole_cce.ops.triton.negatives import NO_PADDING
-from recbole_cce.ops.triton.own_kernels import own_forward_kernel, pair_kernel, row_weight_gradient_kernel
+from recbole_cce.ops.triton.per_position_kernels import (
+    pair_kernel,
+    per_position_forward_kernel,
+    row_weight_gradient_kernel,
+)
 from recbole_cce.ops.triton.tile_kernels import tile_forward_kernel, tile_weight_gradient_kernel
 
 
@@ -167,11 +171,9 @@ def forward(
     dtype: torch.dtype,
     with_direction: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [N]; log-sum-exp [N]; slope [N] = d loss / d own logit; direction [N, D] = d loss_i / d input_i
-    times `unit`, or [0]. BCE leaves the log-sum-exp as it is."""
+    """See results(). A direction is in units of 1 / `unit`; BCE leaves the log-sum-exp as it is."""
     n, dim = input.shape
-    loss, lse, slope = (torch.empty(n, dtype=torch.float32, device=input.device) for _ in range(3))
-    direction = torch.empty(input.shape if with_direction else 0, dtype=input.dtype, device=input.device)
+    loss, lse, slope, direction = results(input, with_direction)
     if n == 0:
         return loss, lse, slope, direction
     kernel_options = {
@@ -193,8 +195,8 @@ def forward(
         ),
     }
     if sharing == "none":
-        draws, num_warps = own_blocks(dim)
-        own_forward_kernel[(n,)](**kernel_options, BK=draws, num_warps=num_warps, num_stages=3)
+        draws, num_warps = per_position_blocks(dim)
+        per_position_forward_kernel[(n,)](**kernel_options, BK=draws, num_warps=num_warps, num_stages=3)
     else:
         options, programs = tile_options(n, dim, sharing, dtype, input.device)
         tile_forward_kernel[(programs,)](**kernel_options, **options)
@@ -202,24 +204,15 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    seed: torch.Tensor,
-    table: torch.Tensor | None,
-    log_probability: torch.Tensor | None,
-    unit: torch.Tensor | None,
-    num_negatives: int,
-    sharing: str,
-    logq_correction: bool,
-    positive_weight: float | None,
-    padding_idx: int | None,
-    dtype: torch.dtype,
-    with_direction: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, lse, slope = (input.new_empty(len(input), dtype=torch.float32) for _ in range(3))
-    return loss, lse, slope, input.new_empty(input.shape if with_direction else 0)
+def _(input: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return results(input, with_direction=options[-1])
+
+
+def results(input: torch.Tensor, with_direction: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for loss, log-sum-exp, slope = d loss / d target logit, and direction = d loss_i / d input_i."""
+    loss, lse, slope = (input.new_empty(len(input), dtype=torch.float32) for _ in range(3))  # [N] each
+    direction = input.new_empty(input.shape if with_direction else 0)  # [N, D] or [0]
+    return loss, lse, slope, direction
 
 
 @custom_op("sampled_cross_entropy_weight_gradient")
@@ -265,7 +258,7 @@ def weight_gradient(
     # the sums are fp32: for an fp32 parameter this is its gradient, and no second one is made
     if sharing == "none":
         grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-        own_weight_gradient(grad_weight, n, drawing, common, deterministic)
+        per_position_weight_gradient(grad_weight, n, drawing, common, deterministic)
     else:
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         options, programs = tile_options(n, dim, sharing, dtype, input.device, gradient=True)
@@ -277,9 +270,9 @@ def weight_gradient(
             )
         else:
             tile_weight_gradient_in_order(grad_weight, programs, options)
-            own_slope = (slope * grad)[:, None]
+            target_slope = (slope * grad)[:, None]
             for rows in torch.arange(n, device=input.device).split(max(1, BUFFER_ELEMENTS // dim)):
-                shares = own_slope[rows] * input[rows].to(dtype).float()
+                shares = target_slope[rows] * input[rows].to(dtype).float()
                 if padding_idx is not None:
                     shares.masked_fill_((target[rows] == padding_idx)[:, None], 0)
                 grad_weight.index_put_((target[rows],), shares, accumulate=True)
@@ -292,20 +285,20 @@ def tile_weight_gradient_in_order(grad_weight: torch.Tensor, programs: int, opti
     step = max(1, BUFFER_ELEMENTS // (num_negatives * dim))
     for first in range(0, programs, step):
         count = min(step, programs - first)
-        shares = torch.empty(count * num_negatives, dim, dtype=torch.float32, device=grad_weight.device)
-        rows = torch.empty(count * num_negatives, dtype=torch.int64, device=grad_weight.device)
+        shares = torch.empty(count * num_negatives, dim, dtype=torch.float32, device=grad_weight.device)  # [.., D]
+        rows = torch.empty(count * num_negatives, dtype=torch.int64, device=grad_weight.device)  # of the shares
         tile_weight_gradient_kernel[(count,)](
             **options, grad_w_ptr=shares, row_ptr=rows, first_program=first, ATOMIC=False
         )
         grad_weight.index_put_((rows,), shares, accumulate=True)
 
 
-def own_weight_gradient(
+def per_position_weight_gradient(
     grad_weight: torch.Tensor, n: int, drawing: dict[str, Any], common: dict[str, Any], deterministic: bool
 ) -> None:
     """Sort the pairs of position and row by row, some positions at a time, and let one program sum up each row.
 
-    Atomics on [V+1, D] would cost several times as much: a row comes up K N / V times, each time in another place.
+    Atomics on [V+1, D] would cost several times as much: a row comes up K N / V times, each time elsewhere.
     """
     num_rows, dim = grad_weight.shape
     num_negatives = common["num_negatives"]
@@ -332,8 +325,8 @@ def own_weight_gradient(
         else:
             start = torch.zeros(num_rows + 1, dtype=torch.int32, device=order.device)
             pair_kernel[programs](**drawing, out_ptr=start, order_ptr=None, MODE="count")
-            start.cumsum_(0)  # where each row ends; placing the pairs turns that into where it starts
-            pair_kernel[programs](**drawing, out_ptr=start, order_ptr=order, MODE="place")
+            start.cumsum_(0)  # where each row ends; sorting the pairs turns that into where it starts
+            pair_kernel[programs](**drawing, out_ptr=start, order_ptr=order, MODE="sort")
         row_weight_gradient_kernel[(num_rows,)](
             **options,
             order_ptr=order,
@@ -347,23 +340,7 @@ def own_weight_gradient(
 
 
 @weight_gradient.register_fake
-def _(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    seed: torch.Tensor,
-    table: torch.Tensor | None,
-    log_probability: torch.Tensor | None,
-    lse: torch.Tensor,
-    slope: torch.Tensor,
-    num_negatives: int,
-    sharing: str,
-    logq_correction: bool,
-    positive_weight: float | None,
-    padding_idx: int | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _(grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *options: Any) -> torch.Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -442,8 +419,8 @@ def tile_options(
     }, groups * blocks_per_group
 
 
-def own_blocks(dim: int) -> tuple[int, int]:
-    """Draws at a time and warps of the kernel in which each position has its own negatives."""
+def per_position_blocks(dim: int) -> tuple[int, int]:
+    """Draws at a time and warps of the kernel of negatives per position."""
     width = padded(dim)
     draws = max(16, min(64, 4096 // width))
     return draws, max(1, draws * width // 1024)

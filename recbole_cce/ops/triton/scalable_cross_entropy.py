@@ -78,18 +78,15 @@ def forward(
     padding_idx: Optional[int],
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [N]; covered [N] bool; own [N], logits of the targets; best [N] and peak, see bucket_loss_kernel()."""
+    """See results()."""
     n = len(input)
-    loss, own = (torch.empty(n, dtype=torch.float32, device=input.device) for _ in range(2))
-    best = torch.empty(n, dtype=torch.int64, device=input.device)
-    covered = torch.empty(n, dtype=torch.bool, device=input.device)
-    peak = torch.empty(peak_shape(positions, dtype), dtype=torch.float32, device=input.device)
+    loss, covered, target_logit, best, peak = results(input, positions, dtype)
     if n == 0:
-        return loss, covered, own, best, peak
+        return loss, covered, target_logit, best, peak
     common = common_options(input, table, target, dtype)
-    bucket_kernels.own_logit_kernel[(triton.cdiv(n, 16),)](
+    bucket_kernels.target_logit_kernel[(triton.cdiv(n, 16),)](
         **common,
-        own_ptr=own,
+        target_logit_ptr=target_logit,
         best_ptr=best,
         n=n,
         padding_idx=NO_PADDING if padding_idx is None else padding_idx,
@@ -105,7 +102,7 @@ def forward(
             **common,
             position_ptr=positions,
             item_ptr=items,
-            own_ptr=own,
+            target_logit_ptr=target_logit,
             best_ptr=best,
             peak_ptr=peak if peak.numel() else None,
             size_x=positions.size(1),
@@ -120,7 +117,7 @@ def forward(
     bucket_kernels.largest_loss_kernel[(triton.cdiv(n, 1024),)](
         best_ptr=best, loss_ptr=loss, covered_ptr=covered, n=n, BLOCK=1024
     )
-    return loss, covered, own, best, peak
+    return loss, covered, target_logit, best, peak
 
 
 @forward.register_fake
@@ -130,18 +127,22 @@ def _(
     table: torch.Tensor,
     target: torch.Tensor,
     positions: torch.Tensor,
-    items: torch.Tensor,
-    padding_idx: int | None,
-    dtype: torch.dtype,
+    *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtypes = (torch.float32, torch.bool, torch.float32, torch.int64)
-    of_positions = (input.new_empty(len(input), dtype=of) for of in dtypes)
-    return *of_positions, input.new_empty(peak_shape(positions, dtype), dtype=torch.float32)
+    return results(input, positions, dtype=options[-1])
 
 
-def peak_shape(positions: torch.Tensor, dtype: torch.dtype) -> tuple[int, ...]:
-    """Of exact softmax denominators: only products of fp32 are exact enough to need them."""
-    return (*positions.shape, 2) if dtype == torch.float32 else (0,)
+def results(
+    input: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for loss, covered, target_logit, best and peak; see bucket_loss_kernel()."""
+    loss, target_logit = (input.new_empty(len(input), dtype=torch.float32) for _ in range(2))  # [N] each
+    covered = input.new_empty(len(input), dtype=torch.bool)  # [N]
+    best = input.new_empty(len(input), dtype=torch.int64)  # [N]
+    # of exact softmax denominators: only products of fp32 are exact enough to need them
+    peak_shape = (*positions.shape, 2) if dtype == torch.float32 else 0
+    peak = input.new_empty(peak_shape, dtype=torch.float32)  # [B, X, 2] or [0]
+    return loss, covered, target_logit, best, peak
 
 
 @custom_op("bucket_cross_entropy_gradients")
@@ -154,7 +155,7 @@ def gradients(
     positions: torch.Tensor,
     items: torch.Tensor,
     loss: torch.Tensor,
-    own: torch.Tensor,
+    target_logit: torch.Tensor,
     best: torch.Tensor,
     peak: torch.Tensor,
     dtype: torch.dtype,
@@ -188,7 +189,7 @@ def gradients(
         "winner_ptr": winners,
         "peak_ptr": winner_peak if with_peak else None,
         "count_ptr": count,
-        "own_ptr": own,
+        "target_logit_ptr": target_logit,
         "best_ptr": best,
         "size_x": positions.size(1),
         "size_y": items.size(1),
@@ -263,21 +264,9 @@ def add_weight_gradient(
 
 @gradients.register_fake
 def _(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    table: torch.Tensor,
-    target: torch.Tensor,
-    positions: torch.Tensor,
-    items: torch.Tensor,
-    loss: torch.Tensor,
-    own: torch.Tensor,
-    best: torch.Tensor,
-    peak: torch.Tensor,
-    dtype: torch.dtype,
-    input_needed: bool,
-    weight_needed: bool,
+    grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, input_needed, weight_needed = options
     return input.new_empty(input.shape if input_needed else 0), weight.new_empty(weight.shape if weight_needed else 0)
 
 

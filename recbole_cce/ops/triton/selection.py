@@ -116,7 +116,7 @@ def select_rows(
             count_ptr=count,
             count=programs * (blocks.stay // group),
             capacity=capacity,
-            place=place_of_bound(k),
+            reaching=number_reaching(k),
             BLOCK=block,
             num_warps=max(1, block // 512),
         )
@@ -142,7 +142,7 @@ def sampling(num_rows: int, capacity: int, block: int) -> tuple[int, int]:
     return programs, group
 
 
-def place_of_bound(k: int) -> int:
+def number_reaching(k: int) -> int:
     """How many sampled rows should reach a bound that k of all rows must: k / SPACING, and DEVIATIONS of them more."""
     return math.ceil(((DEVIATIONS + math.sqrt(DEVIATIONS**2 + 4 * k / SPACING)) / 2) ** 2)
 

@@ -13,7 +13,7 @@ the larger. So there is one answer, whatever the order in which keys are collect
 import triton
 import triton.language as tl
 
-from recbole_cce.ops.triton.tile_kernels import load_rows
+from recbole_cce.ops.triton.tiles import load_rows
 
 EMPTY = tl.constexpr(-(2**63))  # below all keys: a row that is no candidate
 COUNTER = tl.constexpr(8)  # a direction's counter has a sector of memory of its own, 32 bytes
@@ -46,9 +46,9 @@ def candidates(o_r, y_ptr, num_rows, padding_idx, stride_y):
 
 @triton.jit
 def sampled_rows(o_j, spacing):
-    """One row of each `spacing`, at places without a pattern: neighbours are alike, and so may be every fourth row."""
-    places = (o_j.to(tl.uint32) * 2654435761) >> 16
-    return o_j * spacing + (places % spacing.to(tl.uint32)).to(tl.int32)
+    """One row of each `spacing`, at numbers without a pattern: neighbours are alike, and so may be every fourth row."""
+    offsets = (o_j.to(tl.uint32) * 2654435761) >> 16
+    return o_j * spacing + (offsets % spacing.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
@@ -224,10 +224,10 @@ def kth_key(key_ptr, count, k, BLOCK: tl.constexpr, BITS: tl.constexpr = 64):
 
 
 @triton.jit
-def bound_kernel(rank_ptr, bound_ptr, count_ptr, count, capacity, place, BLOCK: tl.constexpr):
-    """One program: the bound of a direction, which `place` of its sampled ranks reach; nothing is collected yet."""
+def bound_kernel(rank_ptr, bound_ptr, count_ptr, count, capacity, reaching, BLOCK: tl.constexpr):
+    """One program: the bound of a direction, which `reaching` of its sampled ranks reach; nothing is collected yet."""
     i_b = tl.program_id(0)
-    rank = kth_key(rank_ptr + i_b.to(tl.int64) * capacity, count, place, BLOCK, 32)
+    rank = kth_key(rank_ptr + i_b.to(tl.int64) * capacity, count, reaching, BLOCK, 32)
     rank = tl.maximum(rank, -2139095041)  # of minus infinity; ranks below are of no number
     bits = rank ^ ((rank >> 31) & 0x7FFFFFFF)
     tl.store(bound_ptr + i_b, bits.to(tl.float32, bitcast=True))
@@ -260,7 +260,7 @@ def scan(
             for first in range(0, count, BLOCK):
                 b_kept = tl.load(key_ptr + first + o_k, mask=first + o_k < count, other=EMPTY)
                 m_k = (b_kept >= bound) & (b_kept != EMPTY)
-                tl.debug_barrier()  # the places written here have been read, by this or another thread
+                tl.debug_barrier()  # what is written over has been read, by this or another thread
                 tl.store(key_ptr + kept + tl.cumsum(m_k.to(tl.int32), 0) - 1, b_kept, mask=m_k)
                 kept += tl.sum(m_k.to(tl.int32), 0)
             count = kept

@@ -5,42 +5,7 @@ import triton.language as tl
 
 from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E, sigmoid, softplus
 from recbole_cce.ops.triton.negatives import draw_rows, log_k_q, once
-
-
-@triton.jit
-def in_matrix(mask, o_d, D: tl.constexpr):
-    """`mask` [R] of rows and the columns below D as a mask of a tile. `o_d`: all of the padded columns or a half."""
-    if o_d.shape[0] == D or o_d.shape[0] * 2 == D:
-        return mask[:, None]
-    else:
-        return mask[:, None] & (o_d < D)[None, :]
-
-
-@triton.jit
-def load_rows(
-    ptr, rows, stride_row, stride_col, mask, o_d, D: tl.constexpr, DTYPE: tl.constexpr, STREAM: tl.constexpr = False
-):
-    """Columns `o_d` of rows of a matrix, rounded to DTYPE, zero past column D and where `mask` [R] is False.
-
-    STREAM: read this once; it leaves the cache first.
-    """
-    p = ptr + rows.to(tl.int64)[:, None] * stride_row + o_d[None, :] * stride_col
-    EVICT: tl.constexpr = "evict_first" if STREAM else ""
-    return tl.load(p, mask=in_matrix(mask, o_d, D), other=0.0, eviction_policy=EVICT).to(DTYPE)
-
-
-@triton.jit
-def store_rows(ptr, rows, b, mask, o_d, D: tl.constexpr):
-    """Write columns `o_d` of rows of a matrix [, D] where `mask` [R] is True; they leave the cache first."""
-    p = ptr + rows.to(tl.int64)[:, None] * D + o_d[None, :]
-    tl.store(p, b, mask=in_matrix(mask, o_d, D), eviction_policy="evict_first")
-
-
-@triton.jit
-def add_rows(ptr, rows, b, mask, o_d, D: tl.constexpr):
-    """Add to columns `o_d` of rows of a matrix [, D] where `mask` [R] is True."""
-    p = ptr + rows.to(tl.int64)[:, None] * D + o_d[None, :]
-    tl.atomic_add(p, b, mask=in_matrix(mask, o_d, D), sem="relaxed")
+from recbole_cce.ops.triton.tiles import add_logits, add_product, add_rows, load_rows, logits, store_rows
 
 
 @triton.jit
@@ -54,57 +19,9 @@ def logit_offset(log_q_ptr, b_row, m_k, log_k, padding_idx, POPULARITY: tl.const
 
 
 @triton.jit
-def own_weight(b_own, positive_weight):
-    """-d / d own of positive_weight * softplus(-own), but not zero: one divides by it."""
-    return tl.maximum(positive_weight * sigmoid(-b_own), 1e-24)
-
-
-@triton.jit
-def halves(b_x):
-    """Even and odd columns."""
-    return tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
-
-
-@triton.jit
-def logits(b_x, b_y, PRECISION: tl.constexpr):
-    """b_x @ b_y.T in fp32."""
-    LONG: tl.constexpr = b_x.shape[1] >= 64 and PRECISION == "ieee"
-    if LONG and b_x.dtype == tl.float32:  # in this order: Triton 3.2 takes no other
-        # Without tensor cores a product adds up its terms one by one: four sums have half the error of one. For the
-        # last argument see add_product().
-        b_x0, b_x1 = halves(b_x)
-        b_y0, b_y1 = halves(b_y)
-        b_x00, b_x01 = halves(b_x0)
-        b_x10, b_x11 = halves(b_x1)
-        b_y00, b_y01 = halves(b_y0)
-        b_y10, b_y11 = halves(b_y1)
-        b_s0 = tl.dot(b_x00, tl.trans(b_y00), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s1 = tl.dot(b_x01, tl.trans(b_y01), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s2 = tl.dot(b_x10, tl.trans(b_y10), input_precision=PRECISION, max_num_imprecise_acc=1)
-        b_s3 = tl.dot(b_x11, tl.trans(b_y11), input_precision=PRECISION, max_num_imprecise_acc=1)
-        return (b_s0 + b_s1) + (b_s2 + b_s3)
-    else:
-        return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
-
-
-@triton.jit
-def add_logits(b_s, b_x, b_y, PRECISION: tl.constexpr):
-    """b_s + b_x @ b_y.T in fp32."""
-    if b_x.dtype == tl.float32:
-        return b_s + logits(b_x, b_y, PRECISION)
-    else:
-        return tl.dot(b_x, tl.trans(b_y), b_s, input_precision=PRECISION)
-
-
-@triton.jit
-def add_product(b_p, b_w, b_sum, PRECISION: tl.constexpr):
-    """b_sum + b_p @ b_w, the sum in fp32."""
-    if b_w.dtype == tl.float32:
-        # Without tensor cores each term would be rounded to the size of the whole sum. The last argument, which
-        # is about other dtypes, keeps the compiler from putting the sum back into the product.
-        return b_sum + tl.dot(b_p, b_w, input_precision=PRECISION, max_num_imprecise_acc=1)
-    else:
-        return tl.dot(b_p.to(b_w.dtype), b_w, b_sum)
+def target_weight(b_sy, positive_weight):
+    """-d / d s_y of positive_weight * softplus(-s_y), but not zero: one divides by it."""
+    return tl.maximum(positive_weight * sigmoid(-b_sy), 1e-24)
 
 
 @triton.jit
@@ -149,7 +66,7 @@ def tile_forward_kernel(
 
     BINARY: with a sum of their softplus instead, which is the mass then, and no log-sum-exp.
 
-    The targets come last, BK of them at a time, as if they were draws of which a position takes only its own: their
+    The targets come last, BK of them at a time, as if they were draws of which a position takes one: their
     logits and their share of the direction come out of the same products, and each target is gathered once.
 
     HALVES: the columns are taken in two halves, which saves registers at the start and the end.
@@ -172,8 +89,8 @@ def tile_forward_kernel(
     b_mass = tl.zeros([BM], tl.float32)
     b_sum = tl.zeros([BM, BC], tl.float32)
     b_sum2 = b_sum
-    # wide rows of fp32 do not stay in registers as operands: they are read again, from a place that the compiler takes
-    # for another one in each round
+    # wide rows of fp32 do not stay in registers as operands: they are read again, from an address that the
+    # compiler takes for another one in each round
     REREAD: tl.constexpr = (DTYPE == tl.float32) & (BD >= 256)  # noqa: SIM300
     first_draw = i_group.to(tl.int64) * num_negatives
     for i_k in range(0, num_negatives, BK):
@@ -213,7 +130,7 @@ def tile_forward_kernel(
         b_sum *= b_scale[:, None]
         if HALVES:
             b_sum2 *= b_scale[:, None]
-    b_own = tl.zeros([BM], tl.float32)
+    b_sy = tl.zeros([BM], tl.float32)
     for i_m in range(0, BM, BK):
         o_t = i_m + tl.arange(0, BK)
         o_i = (i_block * BM + o_t).to(tl.int64) * num_groups + i_group
@@ -227,30 +144,30 @@ def tile_forward_kernel(
         if HALVES:
             b_w2 = load_rows(w_ptr, b_row, stride_wn, stride_wd, m_t, BC + o_d, D, DTYPE)
             b_s = add_logits(b_s, b_h2, b_w2, PRECISION)
-        m_own = o_m[:, None] == o_t[None, :]
-        b_own += tl.sum(tl.where(m_own, b_s, 0.0), 1) * LOG2_E
+        m_target = o_m[:, None] == o_t[None, :]
+        b_sy += tl.sum(tl.where(m_target, b_s, 0.0), 1) * LOG2_E
         if BINARY:
             m_rows = (o_m >= i_m) & (o_m < i_m + BK)
-            b_scale = tl.where(m_rows, 1.0 / own_weight(b_own, positive_weight), 1.0)
+            b_scale = tl.where(m_rows, 1.0 / target_weight(b_sy, positive_weight), 1.0)
             b_sum *= b_scale[:, None]
             if HALVES:
                 b_sum2 *= b_scale[:, None]
         if DIRECTION:
-            b_p = tl.where(m_own, -1.0, 0.0)
+            b_p = tl.where(m_target, -1.0, 0.0)
             b_sum = add_product(b_p, b_w, b_sum, PRECISION)
             if HALVES:
                 b_sum2 = add_product(b_p, b_w2, b_sum2, PRECISION)
 
     if BINARY:
-        b_loss = (b_mass + positive_weight * softplus(-b_own)) / (num_negatives + 1)
-        b_slope = -own_weight(b_own, positive_weight) / (num_negatives + 1)
+        b_loss = (b_mass + positive_weight * softplus(-b_sy)) / (num_negatives + 1)
+        b_slope = -target_weight(b_sy, positive_weight) / (num_negatives + 1)
     else:
         # the negatives' mass is kept apart from the positive's: 1 - p then loses no digit when p is near 1
-        b_new = tl.maximum(b_max, b_own)
+        b_new = tl.maximum(b_max, b_sy)
         b_mass *= tl.exp2(b_max - b_new)
-        b_total = b_mass + tl.exp2(b_own - b_new)
+        b_total = b_mass + tl.exp2(b_sy - b_new)
         b_lse = b_new + tl.log2(b_total)
-        b_loss = (b_lse - b_own) * LN_2
+        b_loss = (b_lse - b_sy) * LN_2
         b_slope = -b_mass / b_total
         tl.store(lse_ptr + o_n, b_lse, mask=m_n)
     tl.store(loss_ptr + o_n, tl.where(m_y, b_loss, 0.0), mask=m_n)
@@ -304,7 +221,7 @@ def tile_weight_gradient_kernel(
     BINARY: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
-    """One program: what BM positions of one group give to the rows of its negatives and of their own targets.
+    """One program: what BM positions of one group give to the rows of its negatives and of their targets.
 
     ATOMIC: added to grad_w [V+1, D] fp32. Otherwise the negatives' shares are stored, for a sum in a fixed order:
     grad_w is [programs, K, D], row_ptr [programs, K] gets their rows.

@@ -1,15 +1,15 @@
-"""CCE- and BCE where each position has its own negatives: gathered for one position, or for one row of the table."""
+"""CCE- and BCE with negatives per position: gathered for one position, or for one row of the table."""
 
 import triton
 import triton.language as tl
 
 from recbole_cce.ops.triton.exponentials import LN_2, LOG2_E, sigmoid, softplus
 from recbole_cce.ops.triton.negatives import draw_rows, log_k_q, once
-from recbole_cce.ops.triton.tile_kernels import load_rows
+from recbole_cce.ops.triton.tiles import load_rows
 
 
 @triton.jit
-def own_forward_kernel(
+def per_position_forward_kernel(
     h_ptr,
     w_ptr,
     y_ptr,
@@ -40,7 +40,7 @@ def own_forward_kernel(
     BINARY: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
-    """One program: one position against its own negatives, which no other position sees.
+    """One program: one position against its negatives, which no other position sees.
 
     BINARY: a sum of softplus, no log-sum-exp.
     """
@@ -52,9 +52,9 @@ def own_forward_kernel(
     seed = tl.load(seed_ptr)
     b_h = tl.load(h_ptr + i_n * stride_hn + o_d * stride_hd, mask=m_y, other=0.0).to(DTYPE).to(tl.float32)
     p_target = w_ptr + y * stride_wn + o_d * stride_wd
-    own = tl.sum(b_h * tl.load(p_target, mask=m_y, other=0.0).to(DTYPE).to(tl.float32), 0) * LOG2_E
+    s_y = tl.sum(b_h * tl.load(p_target, mask=m_y, other=0.0).to(DTYPE).to(tl.float32), 0) * LOG2_E
 
-    largest = own
+    largest = s_y
     mass = 0.0
     b_sum = tl.zeros([BK, BD], tl.float32)  # a sum of its rows is taken once, at the end
     num_draws = tl.where(y == padding_idx, 0, num_negatives)  # an ignored row costs nothing
@@ -82,12 +82,12 @@ def own_forward_kernel(
 
     if BINARY:
         total = num_negatives + 1.0
-        loss = (mass + positive_weight * softplus(-own)) / total
-        slope = tl.where(y == padding_idx, 0.0, -positive_weight * sigmoid(-own) / total)
+        loss = (mass + positive_weight * softplus(-s_y)) / total
+        slope = tl.where(y == padding_idx, 0.0, -positive_weight * sigmoid(-s_y) / total)
     else:
-        total = mass + tl.exp2(own - largest)
+        total = mass + tl.exp2(s_y - largest)
         lse = largest + tl.log2(total)
-        loss = (lse - own) * LN_2
+        loss = (lse - s_y) * LN_2
         slope = -mass / total
         tl.store(lse_ptr + i_n, lse)
     tl.store(loss_ptr + i_n, tl.where(y == padding_idx, 0.0, loss))
@@ -119,7 +119,7 @@ def pair_kernel(
 ):
     """The pairs (position, row) of positions first..last-1: K draws each, then the target as pair K.
 
-    MODE "count": out[row] += 1. MODE "place": the slots of a row end before out[row], which goes down by 1 as
+    MODE "count": out[row] += 1. MODE "sort": the slots of a row end before out[row], which goes down by 1 as
     order[slot] gets the position, counted from `first`, or its complement for the target. MODE "rows": out[pair] = row,
     or the number of rows of the table for a pair that counts for nothing: of an ignored position, or a draw of its
     target.
@@ -132,15 +132,15 @@ def pair_kernel(
     b_y = tl.load(y_ptr + o_n * stride_y, mask=m_n, other=0)
     seed = tl.load(seed_ptr)
     b_row = draw_rows(seed, o_n * num_negatives + o_k, table_ptr, num_items, padding_idx, POPULARITY).to(tl.int64)
-    m_own = o_k == num_negatives
-    m_pair = m_n & (b_y != padding_idx) & (m_own | (b_row != b_y))
-    b_row = tl.where(m_own, b_y, b_row)
+    m_target = o_k == num_negatives
+    m_pair = m_n & (b_y != padding_idx) & (m_target | (b_row != b_y))
+    b_row = tl.where(m_target, b_y, b_row)
     if MODE == "count":
         tl.atomic_add(out_ptr + b_row, 1, mask=m_pair, sem="relaxed")
-    elif MODE == "place":
+    elif MODE == "sort":
         o_slot = tl.atomic_add(out_ptr + b_row, -1, mask=m_pair, sem="relaxed") - 1
         b_i = o_i.to(tl.int32)
-        tl.store(order_ptr + o_slot, tl.where(m_own, ~b_i, b_i), mask=m_pair)
+        tl.store(order_ptr + o_slot, tl.where(m_target, ~b_i, b_i), mask=m_pair)
     else:
         num_rows = num_items + (padding_idx < num_items + 1).to(tl.int32)
         tl.store(out_ptr + o_pair, tl.where(m_pair, b_row, num_rows).to(tl.int32), mask=m_n)
@@ -194,8 +194,8 @@ def row_weight_gradient_kernel(
             o_p = i_p + tl.arange(0, BP)
             m_p = o_p < end
             b_i = tl.load(order_ptr + o_p, mask=m_p, other=0)
-            m_own = b_i < 0
-            o_n = first + tl.where(m_own, ~b_i, b_i).to(tl.int64)
+            m_target = b_i < 0
+            o_n = first + tl.where(m_target, ~b_i, b_i).to(tl.int64)
             b_h = load_rows(h_ptr, o_n, stride_hn, stride_hd, m_p, o_d, D, DTYPE).to(tl.float32)
             b_s = tl.sum(b_h * b_w[None, :], 1) * LOG2_E
             if CORRECT:
@@ -206,7 +206,7 @@ def row_weight_gradient_kernel(
                 b_p = tl.exp2(b_s - tl.load(lse_ptr + o_n, mask=m_p, other=0.0))
             b_slope = tl.load(slope_ptr + o_n, mask=m_p, other=0.0)
             b_g = tl.load(grad_ptr + o_n * stride_grad, mask=m_p, other=0.0).to(tl.float32)
-            b_c = tl.where(m_p, tl.where(m_own, b_slope, b_p) * b_g, 0.0)
+            b_c = tl.where(m_p, tl.where(m_target, b_slope, b_p) * b_g, 0.0)
             b_sum += b_c[:, None] * b_h
         b_dw = tl.sum(b_sum, 0)
         if ADD:

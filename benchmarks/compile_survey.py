@@ -1,6 +1,6 @@
 """What the kernels take of chips that need not be here: shared memory, and what does not fit in registers.
 
-    python -m benchmarks.compile_survey [--quick] [--chips 80 90] [--ops linear_cross_entropy] [--dims 64] [--numbers bf16]
+    python -m benchmarks.compile_survey [--quick] [--chips 80 90] [--ops linear_cross_entropy] [--dims 64] [--numbers N]
 
 Compiles everything that both passes of each op launch, as they launch it (tests/ops/compiling.py), for every chip, at
 widths on both sides of every edge of the functions that choose blocks. One line a kernel, which says what it takes too

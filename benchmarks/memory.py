@@ -26,11 +26,12 @@ from recbole_cce.data.dataset import TARGET_COUNT
 from recbole_cce.nn.losses.registry import LOSSES
 from recbole_cce.nn.losses.sampled import SampledLoss
 from recbole_cce.plugin import entry_points
+from recbole_cce.training.average import EVERY
 from recbole_cce.training.memory import catalogue
 from recbole_cce.training.out_of_memory import GIB
 from recbole_cce.training.step_plan import StepPlan
 
-STEPS = 3
+STEPS = EVERY + 1  # the average of the weights exists then
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from recbole.evaluator import collector as recbole_collector
 from recbole.evaluator import metrics as recbole_metrics
 
 from recbole_cce.nn.history import History
-from recbole_cce.nn.item_table import chunked_topk
+from recbole_cce.nn.item_table import ItemTable, chunked_topk
 from recbole_cce.training import evaluation
 from recbole_cce.training.evaluation import auto_chunk_items
 from tests.build import experiment
@@ -358,7 +358,7 @@ def test_many_users_and_items_need_four_gib(tiny_config):
     settings = {"hidden_size": 128, "inner_size": 512, "MAX_ITEM_LIST_LENGTH": 200, "use_gpu": True, "gpu_id": "0"}
     run = experiment("SASRecCCE", {**tiny_config, **settings})
     model = run.model.eval()
-    model.item_embedding = torch.nn.Embedding(1_600_001, 128, device="cuda")
+    model.item_embedding = ItemTable(1_600_001, 128, padding_idx=0, device="cuda")
     lists = torch.randint(1, 1_600_001, (4096, 200))
     rows = Interaction({"item_id_list": lists, "item_length": torch.full((4096,), 200)})
     row = torch.arange(4096).repeat_interleave(200)

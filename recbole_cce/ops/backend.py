@@ -32,7 +32,7 @@ def constant_when_compiled(function: Function) -> Function:
 
     The mark that torch.compiler.assume_constant_result leaves, which imports torch._dynamo: as long as torch itself.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions have no types of attributes
     return function
 
 

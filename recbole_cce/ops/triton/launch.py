@@ -62,7 +62,7 @@ def chip(device: torch.device) -> Chip:
 @functools.cache
 def gpu(device: torch.device) -> Chip:
     """What torch says of a GPU."""
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's types leave some of them out
     capability = properties.major, properties.minor
     return Chip(capability, properties.shared_memory_per_block_optin, properties.multi_processor_count)
 

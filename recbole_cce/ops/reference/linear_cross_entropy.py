@@ -74,9 +74,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                     inside = (column >= 0) & (column < items.stop - items.start)
                     column = column.where(inside, 0)[:, None]
                     slope.scatter_add_(1, column, -inside[:, None].to(dtype)).mul_(scale)
-                    if input_needed:
+                    if grad_input is not None:
                         grad_input[rows].addmm_(slope, vectors)
-                    if weight_needed:
+                    if grad_weight is not None:
                         grad_weight[items].addmm_(slope.T, hidden)
         return reference.cast(grad_input, input), reference.cast(grad_weight, weight), None, None, None
 

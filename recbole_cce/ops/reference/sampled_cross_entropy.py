@@ -178,11 +178,11 @@ class SampledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         input, weight, target, largest, total = ctx.saved_tensors
 
-        def slopes(chunk: Chunk, positive: torch.Tensor | None, scores: torch.Tensor | None) -> torch.Tensor:
+        def slopes(chunk: Chunk, scores: torch.Tensor, of_positive: bool) -> torch.Tensor:
             """d loss / d logit: softmax, minus one for the positive."""
             top, mass = largest[chunk.slots], total[chunk.slots]
-            if scores is None:
-                return (positive - top - mass.log()).expm1()
+            if of_positive:
+                return (scores - top - mass.log()).expm1()
             return scores.sub_(top[:, :, None]).exp_().div_(mass[:, :, None])
 
         needed = ctx.needs_input_grad
@@ -219,18 +219,18 @@ def gradients(
         for chunk in chunks(input, target, draws, len(weight), dtype):
             scale = grad[chunk.slots][:, :, None]
             vectors, positive = positives(chunk, weight, draws)
-            positive_slope = slopes(chunk, positive, None)[:, :, None] * scale
+            positive_slope = slopes(chunk, positive, True)[:, :, None] * scale
             direction = vectors.mul_(positive_slope)
             for drawn, vectors, scores in terms(chunk, weight, draws):
-                slope = slopes(chunk, None, scores).mul_(scale)
+                slope = slopes(chunk, scores, False).mul_(scale)
                 if needed[0]:
                     direction.baddbmm_(slope, vectors)
-                if needed[1]:
+                if grad_weight is not None:
                     slope = slope.transpose(1, 2)
                     grad_weight.index_add_(0, drawn.flatten(), torch.bmm(slope, chunk.hidden).flatten(0, 1))
-            if needed[0]:
+            if grad_input is not None:
                 grad_input[chunk.slots] = direction
-            if needed[1]:  # the large terms last: the many small ones would be rounded to their size
+            if grad_weight is not None:  # the large terms last: the many small ones would be rounded to their size
                 grad_weight.index_add_(0, chunk.target.flatten(), (positive_slope * chunk.hidden).flatten(0, 1))
     grad_input = None if grad_input is None else grad_input[: len(input)]
     return reference.cast(grad_input, input), reference.cast(grad_weight, weight)
@@ -275,9 +275,9 @@ class SampledBinaryCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         input, weight, target = ctx.saved_tensors
 
-        def slopes(chunk: Chunk, positive: torch.Tensor | None, scores: torch.Tensor | None) -> torch.Tensor:
+        def slopes(chunk: Chunk, scores: torch.Tensor, of_positive: bool) -> torch.Tensor:
             """d loss / d logit, before the division by K + 1."""
-            return -ctx.positive_weight * (-positive).sigmoid() if scores is None else scores.sigmoid()
+            return -ctx.positive_weight * (-scores).sigmoid() if of_positive else scores.sigmoid()
 
         grad = grad / (ctx.draws.num_negatives + 1)
         return (

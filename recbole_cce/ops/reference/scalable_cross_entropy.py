@@ -57,7 +57,7 @@ def random_directions(
 ) -> torch.Tensor:
     """[B, D] bucket centres, fp32 (fp64 for fp64) numbers of as many digits as those that they are multiplied with."""
     rounding, dtype = reference.autocast_rounding(input, weight), reference.math_dtype(input, weight)
-    options = {"generator": generator, "dtype": dtype, "device": input.device}
+    options: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": input.device}
     with torch.autocast(input.device.type, enabled=False):
         if mix_x:
             directions = torch.zeros(n_buckets, input.size(1), dtype=dtype, device=input.device)
@@ -176,9 +176,9 @@ class BucketCrossEntropy(torch.autograd.Function):
                 softmax = scores.sub_(top[:, :, None]).clamp_(max=0).exp_().mul_((scale / mass)[:, :, None])
                 slope = ((target_logit - top - mass.log()).expm1() * scale)[:, :, None]
                 target_item = target[position]
-                if input_needed:
+                if grad_input is not None:
                     grad_input.index_add_(0, position.flatten(), (softmax @ vectors + slope * targets).flatten(0, 1))
-                if weight_needed:
+                if grad_weight is not None:
                     to_items = softmax.transpose(1, 2) @ hidden
                     grad_weight.index_add_(0, items[bucket].clamp(min=0).flatten(), to_items.flatten(0, 1))
                     grad_weight.index_add_(0, target_item.flatten(), (slope * hidden).flatten(0, 1))

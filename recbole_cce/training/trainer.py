@@ -33,10 +33,12 @@ from recbole_cce.training import average, checkpoint, interrupts, out_of_memory
 from recbole_cce.training.batch_model import BatchModel
 from recbole_cce.training.evaluation import TopK, auto_chunk_items, top_items, user_vectors
 from recbole_cce.training.graph import GraphedStep, on_device
+from recbole_cce.training.memory import MOMENTS
 from recbole_cce.training.step_plan import StepPlan
 
-# of checkpoint_interval: auto; at most this much of the time of a run
-SHARE_OF_SAVING = 0.05
+# of checkpoint_interval: auto; at most this much of the time of a run, the first file being expected to take as long as
+# a good disk needs for its bytes
+SHARE_OF_SAVING, DISK = 0.05, 1e9
 
 
 class EfficientTrainer(Trainer):
@@ -86,7 +88,7 @@ class EfficientTrainer(Trainer):
         self.resumed: dict[str, Any] | None = None
         self.valid_result: dict[str, float] | None = None
         self.best_valid_result: dict[str, float] | None = None
-        self.saves = False
+        self.saves, self.fit_begun = False, -math.inf
         self.trained_epoch = self.saved_epoch = self.fitted_epoch = -1
         self.writer = checkpoint.Writer()
         self.best_state: dict[str, Any] | None = None  # of the best epoch, where it is still to be written
@@ -321,7 +323,7 @@ class EfficientTrainer(Trainer):
 
         After resume_checkpoint, data order and random numbers go on where they stopped.
         """
-        self.saves, self.signal = saved, None
+        self.saves, self.signal, self.fit_begun = saved, None, time.monotonic()
         self.train_generator = train_data.generator
         if self.distributed:
             checkpoint.share_file_name(self)
@@ -466,9 +468,19 @@ class EfficientTrainer(Trainer):
             OSError: the last checkpoint could not be written.
         """
         interval, busy = self.config["checkpoint_interval"], self.writer.is_busy()
+        begun = self.writer.begun
         if interval in (None, "auto"):
-            interval = math.inf if busy else self.writer.seconds / SHARE_OF_SAVING
-        return time.monotonic() - self.writer.begun >= interval
+            if begun == -math.inf:  # nothing has been written
+                begun, seconds = self.fit_begun, self._bytes_of_state() / DISK
+            else:
+                seconds = self.writer.seconds
+            interval = math.inf if busy else seconds / SHARE_OF_SAVING
+        return time.monotonic() - begun >= interval
+
+    def _bytes_of_state(self) -> int:
+        """Of a checkpoint: parameters, what the optimizer keeps of each, and the running weights beside an average."""
+        copies = 1 + MOMENTS.get(str(self.config["learner"]).lower(), 2) + (self.average is not None)
+        return copies * sum(parameter.nbytes for parameter in self.model.parameters())
 
     def _device_of_copy(self, state: dict[str, Any]) -> torch.device | None:
         """None, for the device itself, where it can spare the memory: to the host it takes as long as some epochs."""

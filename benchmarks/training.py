@@ -107,9 +107,6 @@ class Synthetic(LeanSequentialDataset):
         self.frame = frame
         super().__init__(config)
 
-    def _download(self) -> None:
-        """Nothing is there, and nothing is needed."""
-
     def _load_data(self, token: str, dataset_path: str) -> None:
         self.inter_feat = self.frame
         for field, ftype in (("user_id", "token"), ("item_id", "token"), ("timestamp", "float")):

@@ -108,9 +108,10 @@ class LeanSequentialDataset(SequentialDataset):
     def _from_scratch(self) -> None:
         """Read the files, or the copy that an earlier run left (`cache_data`)."""
         self._get_preset()
-        downloads.ensure(self, self._get_download_url)
-        # a subclass may keep more than the cache holds
-        stored = cache.of(self) if type(self) is LeanSequentialDataset else None
+        stored = None
+        if type(self) is LeanSequentialDataset:  # a subclass may have no files, and keep more than the cache holds
+            downloads.ensure(self, self._get_download_url)
+            stored = cache.of(self)
         if stored is None:
             super()._from_scratch()
         elif not stored.read_into(self):

@@ -9,10 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset
+from recbole.utils import FeatureSource, FeatureType
 
 from recbole_cce.data import columns, dataset, tokens
 from recbole_cce.data.dataset import LeanSequentialDataset
@@ -287,6 +289,21 @@ def test_a_subclass_has_none(tiny_config):
 
     Other(Config("SASRecCCE", "tiny", config_dict=tiny_config))
     assert [file.name for file in (Path(tiny_config["data_path"]) / "tiny").iterdir()] == ["tiny.inter"]
+
+
+def test_a_subclass_needs_no_files(tmp_path, tiny_config):
+    table = {"user_id": ["a", "a", "b"], "item_id": ["x", "y", "x"], "timestamp": [1.0, 2.0, 3.0]}
+
+    class InMemory(LeanSequentialDataset):
+        def _load_data(self, token, dataset_path):
+            for field in table:
+                kind = FeatureType.FLOAT if field == "timestamp" else FeatureType.TOKEN
+                self.set_field_property(field, kind, FeatureSource.INTERACTION, 1)
+            self.inter_feat, self.user_feat, self.item_feat = pd.DataFrame(table), None, None
+
+    data = InMemory(Config("SASRecCCE", "nowhere", config_dict={**tiny_config, "data_path": str(tmp_path)}))
+    assert (data.user_num, data.item_num, len(data.inter_feat)) == (3, 3, 3)
+    assert not (tmp_path / "nowhere").exists()
 
 
 def total_of_first_split(settings) -> list[int]:

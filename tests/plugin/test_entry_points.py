@@ -32,7 +32,8 @@ SETTINGS = {
     "inner_size": 32,
     "MAX_ITEM_LIST_LENGTH": 8,
     "train_batch_size": 16,
-    "repeat_bias": "none",
+    "repeat_bias": "none",  # as RecBole, whose SASRec has the weights too
+    "positions": "start",
     "metrics": ["Hit", "NDCG", "MRR"],
     "topk": [5, 10],
 }

@@ -85,7 +85,7 @@ def tuned(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
     fill(folder)
     flags = [f"--model={request.param}", *COMMANDS[request.param]]
-    process = start(folder, *flags)
+    process = start(folder, *flags, "--parallel=1")  # so that others are still to come when the first one has ended
     while not ended(folder):
         assert process.poll() is None, (folder / "printed.txt").read_text()
         time.sleep(0.05)

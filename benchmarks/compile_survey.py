@@ -1,6 +1,6 @@
 """What the kernels take of chips that need not be here: shared memory, and what does not fit in registers.
 
-    python -m benchmarks.compile_survey [--quick] [--chips 80 90] [--ops linear_cross_entropy] [--dims 64] [--numbers N]
+    python -m benchmarks.compile_survey [--quick] [--chips 80] [--ops linear_cross_entropy] [--dims 64] [--numbers bf16]
 
 Compiles everything that both passes of each op launch, as they launch it (tests/ops/compiling.py), for every chip, at
 widths on both sides of every edge of the functions that choose blocks. One line a kernel, which says what it takes too
@@ -47,6 +47,7 @@ def main() -> None:
             least, most = COLUMNS[op]
             for dim in (dim for dim in options.dims if least <= dim <= most):
                 for numbers in options.numbers:
+                    kernels_of.cache_clear()  # of what was printed
                     for kernel in kernels_of(op, chip, dim, numbers, not options.quick):
                         metadata = kernel.metadata
                         found.append(Found(chip, op, dim, numbers, metadata.name, metadata.shared, spilled(kernel)))

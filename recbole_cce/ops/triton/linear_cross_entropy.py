@@ -32,7 +32,7 @@ except ImportError:  # before Triton 3.4
     TensorDescriptor = None
 
 MAX_SPLITS = 64
-EXACT_STAGES = 1 if TensorDescriptor is None else 2  # old compilers cannot pipeline the products of fp32
+PIPELINED = 1 if TensorDescriptor is None else 2  # stages of products in fp32: old compilers cannot pipeline them
 NO_POSITION = 2.0**100  # log-sum-exp of a slot without a position: all probabilities are 0
 SLOTS = 128  # sorted positions come in whole blocks of so many
 
@@ -50,8 +50,8 @@ class Blocks:
     registers: int | None = None
 
 
-def full_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
-    """The first blocks, in order of preference, whose rows fit in shared memory.
+def full_blocks(dim: int, itemsize: int, shared_memory: int, precision: str = "ieee") -> Blocks:
+    """The first blocks, in order of preference, whose rows fit in shared memory and whose sums in registers.
 
     In the forward pass positions stay and items stream past them; in the gradient of the table it is the reverse.
 
@@ -59,34 +59,35 @@ def full_blocks(dim: int, itemsize: int, shared_memory: int) -> Blocks:
         dim: D.
         itemsize: bytes of a number in the products, 2 or 4.
         shared_memory: bytes a program can have.
+        precision: of products in fp32. How many rows stay does not depend on it.
     """
     width = padded(dim)
-    if itemsize == 4 and shared_memory < HOPPER_MEMORY:  # what stays in registers there
+    if itemsize == 4:  # operands in registers, too
         stay, stream = (64, 32) if width <= 128 else (32, 16) if width <= 256 else (16, 16)
+        if precision == "tf32" and shared_memory >= HOPPER_MEMORY:  # but these in shared memory
+            return Blocks(stay, stay, 8, PIPELINED)
         return Blocks(stay, stream, 8, 1)
-    if itemsize == 4:  # products without tensor cores take their operands through registers: smaller tiles
-        for stay, stream, num_warps in ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 8)):
-            tiles = (stay + 2 * stream) * width * 4 + stay * stream * 4 + 512
-            if stay * width <= 64 * 256 and stream * width <= 64 * 128 and tiles <= shared_memory:
-                return Blocks(stay, stream, num_warps, EXACT_STAGES)
-        return Blocks(16, 16, 4, EXACT_STAGES)
     if width <= 128:
         # small programs hide each other's waiting, if three fit on a multiprocessor (each takes 1 KiB more)
         stream = 128 if width <= 64 else 64
         tiles = (64 + 3 * stream) * width * 2 + 64 * stream * 2
         if 3 * (tiles + 2**10) <= shared_memory + 2**10:
             return Blocks(64, stream, 4, 3, programs=3, registers=168)
-    options = [(64, 64, 3), (64, 32, 3), (64, 32, 2), (32, 32, 2)]
-    if width <= 256:  # the sum [stay, width] must fit in 128 registers a thread
-        options = [(128, 64, 3), (128, 64, 2), (128, 32, 2), *options]
-    elif TensorDescriptor is None:  # old compilers abort on larger ones, whose warps share a row
-        options = [(32, 32, 3), (32, 32, 2)]
-    for stay, stream, num_stages in options:
-        if (stay + num_stages * stream) * width * 2 + stay * stream * 2 <= shared_memory:
-            break
-    else:
-        stay, stream, num_stages = 32, 16, 1
-    return Blocks(stay, stream, 4 if width <= 64 else 8, num_stages, 2 if width <= 64 else 1)
+    num_warps = 4 if width <= 64 else 8
+    # registers of a thread for the sum [stay, width]: half of them before Hopper, where operands are in registers, too
+    registers = 128 if shared_memory >= HOPPER_MEMORY else 64
+    if width > 256 and TensorDescriptor is None:  # old compilers abort on more, whose warps share a row
+        registers = 64
+    for stay, stream, num_stages in FULL_OPTIONS:
+        tiles = (stay + num_stages * stream) * width * 2 + stay * stream * 2
+        if stay * width <= registers * 32 * num_warps and tiles <= shared_memory:
+            return Blocks(stay, stream, num_warps, num_stages, 2 if width <= 64 else 1)
+    return Blocks(32, 16, num_warps, 1)
+
+
+FULL_OPTIONS = [  # rows that stay, that stream, stages
+    (128, 64, 3), (128, 64, 2), (128, 32, 2), (64, 64, 3), (64, 32, 3), (64, 32, 2), (32, 32, 3), (32, 32, 2),
+]  # fmt: skip
 
 
 def num_splits(blocks: int, processors: int, most: int) -> int:
@@ -161,7 +162,7 @@ def forward(
     """
     n, dim = hidden.shape
     num_rows = len(table)
-    blocks = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory)
+    blocks = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory, precision())
     order, bounds = sort_positions(target, padding_idx, num_rows, blocks.stay)
     loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)  # [N]
     lse = torch.full((len(order),), NO_POSITION, dtype=lse_dtype(dtype), device=hidden.device)  # [S]
@@ -277,7 +278,7 @@ def weight_gradient(
     n, dim = hidden.shape
     if n == 0:
         return torch.zeros(table.shape, dtype=weight_dtype, device=table.device)
-    blocks = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory)
+    blocks = full_blocks(dim, dtype.itemsize, chip(hidden.device).shared_memory, precision())
     programs = triton.cdiv(len(table), blocks.stay)
     bytes_each = 4 * table.numel()
     # the first split is written to the gradient itself if that is fp32

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from recbole_cce.ops.triton.exponentials import LN_2
-from recbole_cce.ops.triton.tiles import add_product, in_matrix, load_rows
+from recbole_cce.ops.triton.tiles import add_product, in_matrix, load_rows, logits
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # no logit is below; minus itself it is 0, as -inf is not
 NOWHERE = tl.constexpr(2**31 - 1)  # the start of the sequence of a position past the last: it sees no key
@@ -81,7 +81,7 @@ def packed_forward_kernel(
         o_n = start + tl.arange(0, BN)
         b_k = load_rows(k_ptr + i_head * stride_kh, o_n, stride_kp, 1, o_n < last, o_d, D, DTYPE)
         b_v = load_rows(v_ptr + i_head * stride_vh, o_n, stride_vp, 1, o_n < last, o_d, D, DTYPE)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        b_s = logits(b_q, b_k, PRECISION) * scale
         b_s = tl.where(seen(b_start, o_m, o_n), b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
@@ -123,9 +123,9 @@ def weights_and_slopes(
 ):
     """[BM, BN] weights after dropout of queries `o_m` on keys `o_n`, which begin at `first`, and the gradients of their
     logits."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    b_s = logits(b_q, b_k, PRECISION) * scale
     b_p = tl.where(seen(b_start, o_m, o_n), tl.exp2(b_s - b_lse[:, None]), 0.0)
-    b_slope = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
+    b_slope = logits(b_grad, b_v, PRECISION)
     b_weight = b_p
     if seed_ptr is not None:
         b_keep = tl.where(kept(seed_ptr, o_m, first, i_head, threshold, BM, BN), keep_scale, 0.0)

@@ -87,7 +87,7 @@ def register_blocks(width: int, itemsize: int, gradient: bool) -> list[Blocks]:
             return [Blocks(32, 32, 8, 1)]
         return [Blocks(32, 16, 8, 1)] if width <= 128 else [Blocks(16, 16, 8, 1, gradient and width > 256)]
     if width <= 64:
-        return [Blocks(128 if gradient else 64, 64, 4, 1)]
+        return [Blocks(128, 64, 4, 1) if gradient else Blocks(64, 32, 4, 1)]
     if width <= 256:
         return [Blocks(128 if width <= 128 else 64, 64, 8, 1, True) if gradient else Blocks(64, 32, 8, 2)]
     return [Blocks(32, 32, 8, 1, True)] if gradient else [Blocks(32, 16, 8, 1), Blocks(16, 16, 8, 1)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from recbole_cce.ops.triton.launch import padded
+from recbole_cce.ops.triton.launch import HOPPER_MEMORY, padded
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def bucket_blocks(dim: int, itemsize: int, item_itemsize: int, shared_memory: in
     elif width > 256:  # the sum [stay, width] must fit in registers
         options = [Blocks(32, 32, 8, 2), Blocks(32, 16, 8, 1)]
     elif kernel == "input":
-        options = [Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1)]
+        warps = 4 if width <= 128 or shared_memory >= HOPPER_MEMORY else 8  # before it operands are in registers, too
+        options = [Blocks(64, 32, warps, 3), Blocks(64, 32, warps, 2), Blocks(32, 32, 4, 1)]
     else:
         options = [Blocks(32, 32, 4, 3), Blocks(32, 32, 4, 1)]
         if item_itemsize == 2:
